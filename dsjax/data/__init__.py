@@ -1,0 +1,1 @@
+"""Data: reading, de-duplication, tokenizer, packing, mixtures; see docs/data.md."""

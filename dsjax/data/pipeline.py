@@ -1,0 +1,299 @@
+"""Rows and batches: packing, shuffling, mixing and sharding over hosts with Grain; windows for evaluation.
+
+A row is T tokens of its source's stream: the training documents in a shuffled order, each led by the boundary token,
+
+    end a b c end d e end f ...      inputs
+    a   b c end d e end f ...        targets: always the next token of the stream
+
+so the boundary that closes a document is the one that opens the next: every token is predicted once, the first and
+the closing boundary of each document included, and no position is spent on a target that crosses documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int32, Int64, Integer
+
+from dsjax.config import UserError
+from dsjax.data.batch import Batch
+from dsjax.data.prepare import Corpus, DataConfig, HeldOut, TokenStore
+from dsjax.nn.masks import Documents
+
+_PREFETCH_THREADS = 2
+_PREFETCH_BATCHES = 8
+
+
+class PackedRows:
+    """Random access to the rows of one source: `rows[i]` is a dict of (T,) arrays, the fields of a `Batch`.
+
+    The last row is padded, so that no token is lost.
+    """
+
+    def __init__(self, store: TokenStore, *, seq_len: int, seed: int, end_id: int):
+        self._store = store
+        self._seq_len = seq_len
+        self._end_id = end_id
+        self._order = np.random.default_rng(seed).permutation(store.offsets.size - 1)
+        lengths = np.diff(store.offsets)[self._order] + 1  # with the leading boundary
+        self._starts = np.concatenate(([0], np.cumsum(lengths)))  # of each document in the stream
+
+    def __len__(self) -> int:
+        return int(-(-self._starts[-1] // self._seq_len))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        begin = index * self._seq_len
+        window = self._window(begin, begin + self._seq_len + 1)  # one more: the last target
+        tokens = window[:-1]
+        used = min(int(self._starts[-1]) - begin, self._seq_len)
+        return _row(tokens, window[1:], used, self._boundaries(begin, begin + used))
+
+    def _boundaries(self, begin: int, end: int) -> np.ndarray:
+        """Offsets in the row at which a part of a document begins; the first is 0."""
+        low, high = np.searchsorted(self._starts, (begin, end))
+        return np.union1d([0], self._starts[low:high] - begin)
+
+    def _window(self, begin: int, end: int) -> np.ndarray:
+        """Tokens begin .. end of the stream; boundaries beyond its end."""
+        window = np.full(end - begin, self._end_id, np.int32)
+        document = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        while document < self._order.size and self._starts[document] < end:
+            source = self._store.offsets[self._order[document]]
+            start = self._starts[document] + 1  # after the boundary, which `window` holds already
+            low, high = max(start, begin), min(self._starts[document + 1], end)
+            if low < high:
+                window[low - begin : high - begin] = self._store.tokens[source + low - start : source + high - start]
+            document += 1
+        return window
+
+
+def _row(tokens_T: np.ndarray, targets_T: np.ndarray, used: int, boundaries: np.ndarray) -> dict[str, np.ndarray]:
+    """A row of which the first `used` positions count, cut into documents at `boundaries` (the first is 0)."""
+    place_T = np.arange(tokens_T.size, dtype=np.int32)
+    real_T = place_T < used
+    part_T = np.searchsorted(boundaries, place_T, side="right")
+    positions_T = place_T - boundaries[part_T - 1]
+    return {
+        "tokens": tokens_T.astype(np.int32),
+        "targets": targets_T.astype(np.int32),
+        "loss_weight": real_T.astype(np.float32),
+        "document_ids": np.where(real_T, part_T, 0).astype(np.int32),
+        "positions": np.where(real_T, positions_T, 0).astype(np.int32),
+    }
+
+
+def _as_batch(rows: dict[str, np.ndarray]) -> Batch:
+    documents = Documents(ids_BT=rows["document_ids"], positions_BT=rows["positions"])
+    return Batch(rows["tokens"], rows["targets"], rows["loss_weight"], documents)
+
+
+def _source_seed(seed: int, number: int, purpose: str) -> int:
+    """An independent seed for each use; consecutive ones would be the same shuffles an epoch apart."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{purpose}".encode()).digest()[:4], "little")
+
+
+def mixed_rows(corpus: Corpus, cfg: DataConfig) -> grain.MapDataset[dict[str, np.ndarray]]:
+    """The endless sequence of rows that every host agrees on: each source reshuffled every epoch, mixed by weight.
+
+    Of each source, every row appears once before any appears again. Its share of the rows is its share of the
+    weights, to within one in a hundred of itself (Grain mixes by whole numbers).
+    """
+    datasets = []
+    for number, store in enumerate(corpus.stores):
+        rows = PackedRows(
+            store,
+            seq_len=cfg.seq_len,
+            seed=_source_seed(cfg.seed, number, "documents"),
+            end_id=corpus.tokenizer.end_id,
+        )
+        shuffled = grain.MapDataset.source(rows).shuffle(seed=_source_seed(cfg.seed, number, "rows"))
+        datasets.append(shuffled.repeat())
+    return grain.MapDataset.mix(datasets, [source.weight for source in cfg.sources])
+
+
+class BatchIterator:
+    """An endless iterator of this host's rows of each global batch, read ahead by background threads.
+
+    Global batch g is rows g * B .. g * B + B of `mixed_rows`, and host h has the h-th of its equal parts, so the
+    global batch does not depend on the number of hosts.
+    """
+
+    def __init__(self, corpus: Corpus, cfg: DataConfig, *, host_index: int, num_hosts: int):
+        if not 0 <= host_index < num_hosts:
+            raise ValueError(f"host_index {host_index} is not below num_hosts {num_hosts}")
+        if cfg.batch_size % num_hosts:
+            raise UserError(
+                f"data.batch_size is {cfg.batch_size}; it must be a multiple of the number of hosts, {num_hosts}"
+            )
+        self._rows = mixed_rows(corpus, cfg)
+        self._fingerprint = corpus.fingerprint
+        self._batch_size = cfg.batch_size
+        self._host_index = host_index
+        self._num_hosts = num_hosts
+        self._iterator: grain.DatasetIterator[Batch] | None = None
+        self._start(0)
+
+    def _start(self, rows_taken: int) -> None:
+        self.close()
+        self._rows_taken = rows_taken
+        # Equal parts of a batch are batches themselves: every num_hosts-th of them is this host's.
+        parts = self._rows[rows_taken:].batch(self._batch_size // self._num_hosts)
+        mine = parts[self._host_index :: self._num_hosts].map(_as_batch)
+        options = grain.ReadOptions(num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCH_BATCHES)
+        self._iterator = iter(mine.to_iter_dataset(options))
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise ValueError("the iterator is closed")
+        batch = next(self._iterator)
+        self._rows_taken += self._batch_size
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Plain data, the same on every host: rows taken so far, over all hosts, and the data's fingerprint."""
+        return {"rows_taken": self._rows_taken, "fingerprint": self._fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `get_state` was called, also with another batch size or number of hosts.
+
+        Raises:
+            UserError: the state is of other data.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise UserError(
+                f"the training data changed: the run was trained on data with fingerprint"
+                f" {state['fingerprint'][:16]}, found {self._fingerprint[:16]}; restore the documents, tokenizer,"
+                " data.seq_len, data.seed and weights it had, or start a new run"
+            )
+        self._start(int(state["rows_taken"]))
+
+    def close(self) -> None:
+        """Ends the background threads."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def make_batches(corpus: Corpus, cfg: DataConfig, *, host_index: int = 0, num_hosts: int = 1) -> BatchIterator:
+    """An endless iterator of training batches, (batch_size / num_hosts, seq_len) each, numpy arrays.
+
+    Raises:
+        UserError: batch_size is no multiple of num_hosts.
+    """
+    return BatchIterator(corpus, cfg, host_index=host_index, num_hosts=num_hosts)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalWindows:
+    """Held-out documents in rows of fixed shape, each token counted once.
+
+    batches: `loss_weight_BT` is 1 at each counted target and 0 elsewhere (context seen before, padding).
+    document_BT: for each batch, the index of the document that each counted target belongs to; -1 elsewhere.
+    num_bytes: UTF-8 bytes of each document. num_targets: its tokens and its closing boundary.
+    """
+
+    batches: tuple[Batch, ...]
+    document_BT: tuple[Int32[np.ndarray, "B T"], ...]
+    num_bytes: Int64[np.ndarray, " documents"]
+    num_targets: Int64[np.ndarray, " documents"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    document: int
+    tokens: np.ndarray
+    targets: np.ndarray
+    num_seen: int  # targets at the front that an earlier window counts
+
+
+def eval_windows(
+    documents: Sequence[HeldOut], *, seq_len: int, context: int, batch_size: int, end_id: int
+) -> EvalWindows:
+    """Cuts documents into windows that overlap by `context` tokens and packs them into rows.
+
+    Every token of every document, and its closing boundary, is a counted target exactly once, predicted from at
+    least `context` earlier tokens of its document (boundary included) or from all of them.
+
+    Args:
+        documents: any number, empty ones included.
+        seq_len: T of the rows.
+        context: tokens of overlap, below seq_len. More is closer to unlimited context and costs seq_len /
+            (seq_len - context) as much.
+        batch_size: rows per batch; the last one is filled with padding.
+        end_id: the boundary token, also the padding.
+    """
+    if not 0 <= context < seq_len:
+        raise UserError(f"the context of evaluation is {context}; it must be at least 0 and below seq_len, {seq_len}")
+    windows = []
+    for number, document in enumerate(documents):
+        stream = _bounded(document.ids, end_id)
+        for start in range(0, max(stream.size - 1 - context, 1), seq_len - context):
+            piece = stream[start : start + seq_len + 1]
+            windows.append(_Window(number, piece[:-1], piece[1:], context if start else 0))
+
+    rows = [_eval_row(row, seq_len, end_id) for row in _first_fit(windows, seq_len)]
+    empty = _eval_row([], seq_len, end_id)
+    rows += [empty] * (-len(rows) % batch_size)
+    batches, owners = [], []
+    for first in range(0, len(rows), batch_size):
+        chunk = rows[first : first + batch_size]
+        batches.append(_as_batch({key: np.stack([fields[key] for fields, _ in chunk]) for key in empty[0]}))
+        owners.append(np.stack([owner for _, owner in chunk]))
+    return EvalWindows(
+        tuple(batches),
+        tuple(owners),
+        np.asarray([d.num_bytes for d in documents], np.int64),
+        np.asarray([d.ids.size + 1 for d in documents], np.int64),
+    )
+
+
+def _bounded(ids: Integer[np.ndarray, " T"], end_id: int) -> np.ndarray:
+    return np.concatenate(([end_id], ids, [end_id])).astype(np.int32)
+
+
+def _first_fit(windows: Sequence[_Window], seq_len: int) -> list[list[_Window]]:
+    """Windows in rows of at most seq_len tokens, longest first: tails and short documents share rows."""
+    rows: list[list[_Window]] = []
+    open_rows: list[tuple[int, list[_Window]]] = []  # (room, row)
+    for window in sorted(windows, key=lambda w: -w.tokens.size):
+        size = window.tokens.size
+        place = next((i for i, (room, _) in enumerate(open_rows) if room >= size), None)
+        if place is None:
+            row = [window]
+            rows.append(row)
+            if size < seq_len:
+                open_rows.append((seq_len - size, row))
+        else:
+            room, row = open_rows[place]
+            row.append(window)
+            open_rows[place] = (room - size, row)
+            if room == size:
+                del open_rows[place]
+    return rows
+
+
+def _eval_row(windows: Sequence[_Window], seq_len: int, end_id: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The fields of a row and the document of each counted target (-1 elsewhere)."""
+    tokens_T = np.full(seq_len, end_id, np.int32)
+    targets_T = np.full(seq_len, end_id, np.int32)
+    owner_T = np.full(seq_len, -1, np.int32)
+    boundaries = [0]
+    place = 0
+    for window in windows:
+        end = place + window.tokens.size
+        tokens_T[place:end] = window.tokens
+        targets_T[place:end] = window.targets
+        owner_T[place + window.num_seen : end] = window.document
+        boundaries.append(end)
+        place = end
+    fields = _row(tokens_T, targets_T, place, np.asarray(boundaries[:-1] or [0]))
+    fields["loss_weight"] = (owner_T >= 0).astype(np.float32)
+    return fields, owner_T

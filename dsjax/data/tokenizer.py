@@ -1,0 +1,136 @@
+"""A byte-level BPE tokenizer: trained here, deterministic, and exact: decode(encode(text)) == text for any text."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int, Int32
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from dsjax.config import UserError
+
+END = "<|end|>"  # the document boundary, and what padding holds
+
+# How text is cut before BPE; merges never cross a cut. The pattern cuts only: every character is in some piece.
+SPLIT = "|".join(
+    (
+        # An identifier whole, snake_case and dunder included, with the one character before it: " self", ".append".
+        r"[^\r\n\t\p{L}\p{N}_]?[\p{L}_][\p{L}\p{M}\p{N}_]*",
+        # Numbers in groups of at most three digits.
+        r"\p{N}{1,3}",
+        # Punctuation, a space before it, and the end of line with the next line's indentation: "):\n        ".
+        r" ?[^\s\p{L}\p{N}_]+(?:[ \t]*(?:\r?\n)+[ \t]*)?",
+        # The same end of line with indentation after anything else: the depth of a block is one token.
+        r"[ \t]*(?:\r?\n)+[ \t]*",
+        # Any other white space; of a run of blanks the last is left to the word that follows.
+        r"\s+(?!\S)|\s",
+    )
+)
+
+
+class Tokenizer:
+    """Ids for text and back. Special tokens are never produced from text, however it is spelt.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included.
+        end_id: the id of the document boundary.
+        special_ids: id of each special token by its name.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, *, end_token: str = END):
+        # A text that contains "<|end|>" (this file does) must not end a document: specials are spelt out in bytes.
+        inner.encode_special_tokens = True
+        inner.no_padding()
+        inner.no_truncation()
+        self._inner = inner
+        self.special_ids = {t.content: i for i, t in inner.get_added_tokens_decoder().items() if t.special}
+        if end_token not in self.special_ids:
+            raise UserError(
+                f"the tokenizer has no special token {end_token!r}; it has {', '.join(self.special_ids) or 'none'}"
+            )
+        self.end_id = self.special_ids[end_token]
+        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " T"]:
+        """The ids of a text, without boundary tokens."""
+        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_many(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        """`encode` of each text, in parallel on all cores (no effect on the ids)."""
+        ids: list[np.ndarray] = []
+        first = 0
+        while first < len(texts):
+            # About a million characters at a time: encodings hold far more than ids, 100 bytes and more a token.
+            last, size = first, 0
+            while last < len(texts) and size < 2**20:
+                size += len(texts[last])
+                last += 1
+            encodings = self._inner.encode_batch_fast(list(texts[first:last]), add_special_tokens=False)
+            ids += [np.asarray(e.ids, np.int32) for e in encodings]
+            first = last
+        return ids
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"], *, skip_special: bool = True) -> str:
+        """The text of ids; bytes that form no UTF-8 (a cut character) become U+FFFD."""
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def to_json(self) -> str:
+        """The tokenizer.json of this tokenizer."""
+        return self._inner.to_str()
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (), *, end_token: str = END
+) -> Tokenizer:
+    """Trains a byte-level BPE on texts; the same texts in the same order give the same tokenizer.
+
+    Args:
+        texts: training texts only, never held-out ones.
+        vocab_size: ids to make: `end_token` is 0, then `special_tokens`, then 256 bytes, then merges. A small corpus
+            may give fewer merges.
+        special_tokens: further special tokens.
+    """
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_token, *special_tokens],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=32,  # else rulers of 80 "#" take entries that nothing else can use
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner, end_token=end_token)
+
+
+def load_tokenizer(path: str | pathlib.Path, *, end_token: str = END) -> Tokenizer:
+    """Loads a tokenizer.json, for example one of the DeepSeek models'.
+
+    Raises:
+        UserError: the file is missing, is no tokenizer, or has no special token `end_token`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"tokenizer file {str(path)!r} does not exist")
+    return parse_tokenizer(path.read_text(encoding="utf-8", errors="replace"), str(path), end_token=end_token)
+
+
+def parse_tokenizer(text: str, origin: str, *, end_token: str = END) -> Tokenizer:
+    """A tokenizer from the text of its tokenizer.json; `origin` names it in errors."""
+    try:
+        inner = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{origin}: not a tokenizer.json ({error})") from error
+    try:
+        return Tokenizer(inner, end_token=end_token)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error

@@ -1,0 +1,1 @@
+"""Judging a model: bits per byte, baselines, samples that parse, the report."""

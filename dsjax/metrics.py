@@ -1,0 +1,172 @@
+"""What a run reports: ``metrics.jsonl`` always, TensorBoard files by option, a progress bar, ``loss.png``."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from dsjax.config import UserError
+
+
+def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line cut short by a crash is left out.
+
+    Raises:
+        UserError: another line is no JSON object.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                return
+            raise UserError(f"{path}:{number} is not a JSON object: {line[:60]!r}") from None
+        yield record
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl`` and, if asked, to TensorBoard event files beside it.
+
+    On a resumed run the records behind the restored step are dropped: those steps are done again.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = False):
+        self.path = folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(self.path) if r["step"] <= resume_step] if resume_step else []
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        self.records = kept
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "log.tensorboard is true, but tensorboardX is not installed: pip install 'dsjax[tensorboard]'"
+                ) from None
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        record = {"step": step} | values
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Progress:
+    """A bar with loss, tokens/s and the time left on a terminal; one line every ``every`` updates elsewhere."""
+
+    def __init__(self, total: int, start: int = 0, *, every: int = 10, quiet: bool = False):
+        self._total, self._every, self._quiet, self._updates = total, every, quiet, 0
+        self._bar: Any = None
+        self._begin, self._start = time.perf_counter(), start
+        if sys.stderr.isatty() and not quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(), console=Console(stderr=True),
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total, completed=start, text="")
+
+    def update(self, step: int, total: int, text: str) -> None:
+        self._updates += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, total=total, text=text)
+        elif not self._quiet and (self._updates % self._every == 1 or self._every == 1 or step == total):
+            done = max(step - self._start, 1)
+            left = (time.perf_counter() - self._begin) / done * (total - step)
+            print(f"step {step}/{total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        elif not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def plot_loss(
+    records: list[dict[str, Any]], path: pathlib.Path, *, title: str = "", lines: dict[str, float] | None = None
+) -> None:
+    """Draws the training loss (raw and smoothed) and held-out bits per byte over tokens.
+
+    Args:
+        records: lines of ``metrics.jsonl``.
+        path: PNG to write.
+        title: above the plot.
+        lines: horizontal lines of the bits-per-byte panel, name -> value (baselines).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = [(r["tokens_seen"] / 1e6, r["loss"]) for r in records if "loss" in r]
+    held = [(r["tokens_seen"] / 1e6, r["held_out_bits_per_byte"]) for r in records if "held_out_bits_per_byte" in r]
+    if not train:
+        return
+    panels = 2 if held else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 3.8), squeeze=False, layout="constrained")
+    left = axes[0][0]
+    x, y = zip(*train, strict=True)
+    smooth, value, seen = [], 0.0, 0.0
+    for point in y:
+        value, seen = 0.95 * value + 0.05 * point, 0.95 * seen + 0.05
+        smooth.append(value / seen)
+    left.plot(x, y, color="0.8", linewidth=0.8, label="each logged step")
+    left.plot(x, smooth, color="C0", label="running mean")
+    left.set(xlabel="tokens seen (millions)", ylabel="training loss (nats per token)", title=title)
+    left.set_ylim(min(smooth) * 0.95, max(smooth) * 1.02)
+    left.legend(frameon=False)
+    if held:
+        right = axes[0][1]
+        right.plot(*zip(*held, strict=True), color="C1", marker="o", markersize=3, label="model, held-out sample")
+        for index, (name, level) in enumerate((lines or {}).items()):
+            right.axhline(level, color=f"C{index + 2}", linestyle="--", linewidth=1, label=f"{name} {level:.2f}")
+        right.set(xlabel="tokens seen (millions)", ylabel="bits per byte, held-out")
+        right.legend(frameon=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,276 @@
+"""The decoder: every language model of the library is a config of it.
+
+A model is a list of layer groups (one dense layer, then 23 of experts ...). The layers of a group have the same
+shapes, so their weights are stacked and the group runs as one `jax.lax.scan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from dsjax.nn.attention import Attention, AttentionConfig
+from dsjax.nn.cache import Cache, LayerCache
+from dsjax.nn.masks import Documents
+from dsjax.nn.mlp import MLPConfig
+from dsjax.nn.moe import MoEConfig
+from dsjax.nn.norm import RMSNorm
+from dsjax.nn.rope import rope_angles
+from dsjax.nn.router import RouterStats
+from dsjax.sharding import param, shard, stack_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """``num_layers`` equal layers; none: as many as are left of the model's ``num_layers``."""
+
+    ffn: MLPConfig | MoEConfig = MLPConfig()
+    attention: AttentionConfig = AttentionConfig()
+    num_layers: PositiveInt | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder-only language model.
+
+    Attributes:
+        vocab_size: tokens V.
+        d_model: width D.
+        num_layers: layers in all groups together.
+        groups: the layer groups, first to last.
+        tied: the output matrix is the embedding, transposed.
+        norm_eps: added to the mean square in every RMSNorm.
+    """
+
+    vocab_size: PositiveInt = 4096
+    d_model: PositiveInt = 256
+    num_layers: PositiveInt = 8
+    groups: tuple[LayerGroup, ...] = (LayerGroup(),)
+    tied: bool = False
+    norm_eps: PositiveFloat = 1e-6
+
+    def validate(self) -> None:
+        if not self.groups:
+            raise UserError("groups is empty; a model has at least one layer group")
+        open_groups = [g for g in self.groups if g.num_layers is None]
+        fixed = sum(g.num_layers or 0 for g in self.groups)
+        if len(open_groups) > 1:
+            raise UserError("groups: only one group can leave num_layers open; give the others a number")
+        if open_groups and fixed >= self.num_layers:
+            raise UserError(f"num_layers is {self.num_layers}; it must exceed the {fixed} of the groups that give theirs")
+        if not open_groups and fixed != self.num_layers:
+            raise UserError(f"num_layers is {self.num_layers}; its groups have {fixed}")
+        thetas = {(g.attention.rope_theta, g.attention.head_dim) for g in self.groups}
+        if len(thetas) > 1:
+            raise UserError(f"groups differ in (rope_theta, head_dim): {sorted(thetas)}; all layers share one rotary table")
+
+    def resolved_groups(self) -> tuple[LayerGroup, ...]:
+        """The groups with every ``num_layers`` filled in."""
+        fixed = sum(g.num_layers or 0 for g in self.groups)
+        rest = self.num_layers - fixed
+        return tuple(g if g.num_layers else dataclasses.replace(g, num_layers=rest) for g in self.groups)
+
+    def _layer_params(self, active: bool) -> int:
+        total = 0
+        for group in self.resolved_groups():
+            ffn = group.ffn.num_active_params(self.d_model) if active else group.ffn.num_params(self.d_model)
+            total += group.num_layers * (group.attention.num_params(self.d_model) + ffn + 2 * self.d_model)
+        return total + self.d_model
+
+    def num_params(self) -> int:
+        """Parameters in all."""
+        return self._layer_params(active=False) + (1 if self.tied else 2) * self.vocab_size * self.d_model
+
+    def num_active_params(self) -> int:
+        """Parameters that one token uses: all but the experts that it does not visit."""
+        return self._layer_params(active=True) + (1 if self.tied else 2) * self.vocab_size * self.d_model
+
+    def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
+        """FLOPs of one token's matmuls, at full documents of ``seq_len``.
+
+        Two for each weight of a matmul (an embedding look-up is none), and four for each channel of each
+        (query, visible key) pair: QK and PV; a training step does three times the forward work (no remat counted).
+        """
+        weights, pairs = self.vocab_size * self.d_model, 0.0
+        for group in self.resolved_groups():
+            attention = group.attention
+            weights += group.num_layers * (
+                attention.num_params(self.d_model) + group.ffn.num_active_params(self.d_model)
+            )
+            visible = attention.visible_positions(seq_len)
+            pairs += group.num_layers * attention.num_heads * attention.head_dim * visible
+        return (3 if training else 1) * (2 * weights + 4 * pairs)
+
+    def kv_bytes_per_token(self, dtype: Any = "bfloat16") -> int:
+        """Bytes of the decode cache for one position of one sequence."""
+        channels = sum(g.num_layers * 2 * g.attention.num_kv_heads * g.attention.head_dim for g in self.resolved_groups())
+        return channels * jnp.dtype(dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How a model is computed: nothing here changes what it computes.
+
+    Attributes:
+        dtype: of matmuls and activations; weights, norms, softmax and loss stay float32.
+        remat: what the backward pass recomputes: nothing, everything but matmul outputs, or everything.
+        unroll: layers of a group in one scan step; 0: all of them (faster on CPU, longer to compile).
+        loss_chunk: positions T whose logits exist at a time; 0: all.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    unroll: NonNegativeInt = 1
+    loss_chunk: NonNegativeInt = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderOutput:
+    """Hidden states after the final norm, the cache behind them, and what the layers report.
+
+    Attributes:
+        hidden_BTD: input of the output matrix.
+        cache: advanced by T positions; None without one.
+        router: RouterStats of each group of experts, by group name, stacked over its layers.
+        losses: auxiliary losses by name, already weighted.
+    """
+
+    hidden_BTD: Float[Array, "B T D"]
+    cache: Cache | None
+    router: dict[str, RouterStats]
+    losses: dict[str, Float[Array, ""]]
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: attention, then feed-forward or experts."""
+
+    def __init__(self, group: LayerGroup, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, rngs=rngs)
+        self.attention = Attention(group.attention, cfg.d_model, rngs=rngs)
+        self.ffn_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, rngs=rngs)
+        self.ffn = group.ffn.make(cfg.d_model, rngs=rngs)
+        self.is_moe = isinstance(group.ffn, MoEConfig)
+
+    def __call__(self, x_BTD, *, documents, rope, cache=None, lengths_B=None):
+        with jax.named_scope("attention"):
+            y_BTD, cache = self.attention(
+                self.attention_norm(x_BTD), documents=documents, rope=rope, cache=cache, lengths_B=lengths_B
+            )
+            x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
+        with jax.named_scope("ffn"):
+            h_BTD, stats = self.ffn_norm(x_BTD), None
+            if self.is_moe:
+                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32))
+            else:
+                y_BTD = self.ffn(h_BTD)
+            x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
+        return x_BTD, cache, stats
+
+
+_REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Decoder(nnx.Module):
+    """Embedding, layer groups, final norm; logits apart, since a loss wants them in chunks."""
+
+    def __init__(self, cfg: DecoderConfig, compute: ComputeConfig = ComputeConfig(), *, rngs: nnx.Rngs):
+        self.cfg, self.compute = cfg, compute
+        V, D = cfg.vocab_size, cfg.d_model
+        self.embedding = param(rngs, (V, D), ("vocab", "embed"), fan_in=D)
+        for index, group in enumerate(cfg.resolved_groups()):
+            make = lambda rngs, group=group: Block(group, cfg, rngs=rngs)  # noqa: E731
+            setattr(self, f"group_{index}", stack_layers(make, group.num_layers, rngs))
+        self.final_norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
+        if not cfg.tied:
+            self.w_logits = param(rngs, (V, D), ("vocab", "embed"), fan_in=D)
+
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], documents: Documents | None = None, *, cache: Cache | None = None
+    ) -> DecoderOutput:
+        """Hidden states of ``tokens_BT``: whole rows, or the T positions that follow what ``cache`` holds.
+
+        With a cache, padding (document id 0) must stand at the end of a row; it is not counted in the lengths.
+        """
+        documents = Documents.single(tokens_BT) if documents is None else documents
+        groups, attention = self.cfg.resolved_groups(), self.cfg.groups[0].attention
+        positions_BT = documents.positions_BT
+        if cache is not None:
+            positions_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        rope = rope_angles(positions_BT, attention.head_dim, attention.rope_theta)
+        with jax.named_scope("embed"):
+            x_BTD = self.embedding[...][tokens_BT].astype(self.compute.dtype)
+            x_BTD = shard(x_BTD, "batch", "length", None)
+
+        caches, router = [], {}
+        for index, group in enumerate(groups):
+            with jax.named_scope(f"group_{index}"):
+                x_BTD, layer_cache, stats = self._run_group(index, group, x_BTD, documents, rope, cache)
+            caches.append(layer_cache)
+            if stats is not None:
+                router[f"group_{index}"] = stats
+        if cache is not None:
+            new_B = jnp.sum(documents.ids_BT > 0, axis=1, dtype=jnp.int32)
+            cache = Cache(tuple(caches), cache.lengths_B + new_B, cache.recent_BC)
+        hidden_BTD = self.final_norm(x_BTD)
+        return DecoderOutput(hidden_BTD, cache, router, self._auxiliary_losses(groups, router))
+
+    def _run_group(self, index, group, x_BTD, documents, rope, cache):
+        graph, weights = nnx.split(getattr(self, f"group_{index}"))
+
+        def layer(x_BTD, scanned):
+            weights, layer_cache = scanned
+            lengths_B = None if cache is None else cache.lengths_B
+            x_BTD, layer_cache, stats = nnx.merge(graph, weights)(
+                x_BTD, documents=documents, rope=rope, cache=layer_cache, lengths_B=lengths_B
+            )
+            return x_BTD, (layer_cache, stats)
+
+        if self.compute.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT[self.compute.remat], prevent_cse=False)
+        scanned = (nnx.to_pure_dict(weights), None if cache is None else cache.groups[index])
+        x_BTD, (layer_cache, stats) = jax.lax.scan(
+            layer, x_BTD, scanned, unroll=self.compute.unroll or group.num_layers
+        )
+        return x_BTD, layer_cache, stats
+
+    def _auxiliary_losses(self, groups, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
+        losses: dict[str, Any] = {}
+        for name, stats in router.items():
+            ffn = groups[int(name.removeprefix("group_"))].ffn
+            terms = (("balance", ffn.balance_coef, stats.balance_loss), ("router_z", ffn.z_coef, stats.z_loss))
+            for loss, coef, value_L in terms:
+                if coef:
+                    losses[loss] = losses.get(loss, 0.0) + coef * jnp.mean(value_L)
+        return losses
+
+    def output_weights(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits."""
+        return self.embedding[...] if self.cfg.tied else self.w_logits[...]
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of the next token, float32."""
+        w_VD = self.output_weights().astype(hidden_BTD.dtype)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD).astype(jnp.float32)
+        return shard(logits_BTV, "batch", "length", "vocab")
+
+    def empty_cache(self, batch: int, slots: int, dtype: Any = None) -> Cache:
+        """A cache for ``batch`` sequences of up to ``slots`` positions."""
+        groups = tuple(
+            LayerCache.empty(
+                g.num_layers, batch, slots, g.attention.num_kv_heads, g.attention.head_dim, dtype or self.compute.dtype
+            )
+            for g in self.cfg.resolved_groups()
+        )
+        return Cache(groups, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 0), jnp.int32))

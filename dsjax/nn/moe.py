@@ -1,0 +1,134 @@
+"""Mixture of experts: route -> dispatch -> experts -> combine, dropless (DeepSeekMoE, Dai et al. 2024)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from dsjax.nn.mlp import MLP, swiglu
+from dsjax.nn.router import RouterStats, route
+from dsjax.sharding import current_mesh, map_shards, param
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A layer of ``num_experts`` feed-forward experts, ``top_k`` of them for each token.
+
+    Attributes:
+        num_experts: routed experts.
+        top_k: experts that each token visits.
+        d_ff: inner width of one expert.
+        num_shared_experts: experts that every token visits (one MLP of that many times ``d_ff``).
+        normalize_weights: a token's weights sum to 1 over its chosen experts.
+        routed_scale: factor on the routed experts' output.
+        balance_coef: weight of the Switch balance loss.
+        z_coef: weight of the router z-loss.
+    """
+
+    num_experts: PositiveInt = 8
+    top_k: PositiveInt = 2
+    d_ff: PositiveInt = 256
+    num_shared_experts: NonNegativeInt = 0
+    normalize_weights: bool = True
+    routed_scale: PositiveFloat = 1.0
+    balance_coef: NonNegativeFloat = 0.01
+    z_coef: NonNegativeFloat = 0.0
+
+    def validate(self) -> None:
+        if self.top_k > self.num_experts:
+            raise UserError(f"top_k is {self.top_k}; it must be at most num_experts, {self.num_experts}")
+
+    def num_params(self, d_model: int) -> int:
+        return d_model * self.num_experts + 3 * d_model * self.d_ff * (self.num_experts + self.num_shared_experts)
+
+    def num_active_params(self, d_model: int) -> int:
+        return d_model * self.num_experts + 3 * d_model * self.d_ff * (self.top_k + self.num_shared_experts)
+
+    def make(self, d_model: int, *, rngs: nnx.Rngs) -> nnx.Module:
+        return MoE(self, d_model, rngs=rngs)
+
+
+class MoE(nnx.Module):
+    """Routed experts plus shared ones; every (token, expert) pair is computed, none is dropped."""
+
+    def __init__(self, cfg: MoEConfig, d_model: int, *, rngs: nnx.Rngs):
+        E, D, F = cfg.num_experts, d_model, cfg.d_ff
+        self.cfg = cfg
+        self.w_router = param(rngs, (D, E), ("embed", "router"), fan_in=D)
+        self.w_gate_up = param(rngs, (E, D, 2, F), ("expert", "embed", "gate_up", "mlp"), fan_in=D)
+        self.w_down = param(rngs, (E, F, D), ("expert", "mlp", "embed"), fan_in=F)
+        if cfg.num_shared_experts:
+            self.shared = MLP(D, cfg.num_shared_experts * F, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], counted_BT: Float[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        cfg = self.cfg
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.w_router[...])
+        experts_BTX, weights_BTX, stats = route(
+            logits_BTE, counted_BT, top_k=cfg.top_k, normalize=cfg.normalize_weights
+        )
+        weights_BTX = (weights_BTX * cfg.routed_scale).astype(x_BTD.dtype)
+        tokens = ("batch", "length", None)
+        y_BTD = map_shards(
+            apply_experts,
+            (tokens, tokens, tokens, ("expert", None, None, "mlp"), ("expert", "mlp", None)),
+            tokens,
+        )(
+            x_BTD,
+            experts_BTX,
+            weights_BTX,
+            self.w_gate_up[...].astype(x_BTD.dtype),
+            self.w_down[...].astype(x_BTD.dtype),
+        )
+        if cfg.num_shared_experts:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return y_BTD, stats
+
+
+def apply_experts(
+    x_BTD: Float[Array, "B T D"],
+    experts_BTX: Int[Array, "B T X"],
+    weights_BTX: Float[Array, "B T X"],
+    w_gate_up_eDgF: Float[Array, "e D 2 F"],
+    w_down_eFD: Float[Array, "e F D"],
+) -> Float[Array, "B T D"]:
+    """The routed experts' weighted outputs, on each device for its own experts ``e``.
+
+    Tokens of the devices along the expert axis are gathered, each device computes what its experts contribute to
+    all of them, and the sums go back to the tokens' owners.
+    """
+    current = current_mesh()
+    if current is not None:
+        rules = current[1]
+        x_BTD, experts_BTX, weights_BTX = (
+            jax.lax.all_gather(a, rules.expert, axis=0, tiled=True) for a in (x_BTD, experts_BTX, weights_BTX)
+        )
+        experts_BTX = experts_BTX - jax.lax.axis_index(rules.expert) * w_gate_up_eDgF.shape[0]
+    y_BTD = _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_up_eDgF, w_down_eFD)
+    if current is not None:
+        y_BTD = jax.lax.psum(y_BTD, rules.mlp)
+        y_BTD = jax.lax.psum_scatter(y_BTD, rules.expert, scatter_dimension=0, tiled=True)
+    return y_BTD
+
+
+def _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_up_eDgF, w_down_eFD):
+    """Sum over the pairs whose expert is one of ours (0 <= expert < e)."""
+    B, T, D = x_BTD.shape
+    X, e = experts_BTX.shape[-1], w_gate_up_eDgF.shape[0]
+    expert_P = experts_BTX.reshape(-1)
+    expert_P = jnp.where((expert_P >= 0) & (expert_P < e), expert_P, e)  # pairs P; e: somebody else's
+    order_R = jnp.argsort(expert_P, stable=True)[: B * T * min(X, e)]  # a token has at most min(X, e) pairs here
+    sizes_e = jnp.bincount(expert_P, length=e)
+    token_R = order_R // X
+    rows_RD = x_BTD.reshape(-1, D)[token_R]
+    gate_up_RgF = grouped_matmul(rows_RD, w_gate_up_eDgF.reshape(e, D, -1), sizes_e).reshape(len(rows_RD), 2, -1)
+    out_RD = grouped_matmul(swiglu(gate_up_RgF), w_down_eFD, sizes_e)
+    out_RD = out_RD * weights_BTX.reshape(-1)[order_R, None]
+    return jnp.zeros((B * T, D), out_RD.dtype).at[token_R].add(out_RD).reshape(B, T, D)

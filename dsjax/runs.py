@@ -1,0 +1,122 @@
+"""A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``tokenizer.json``, ``loss.png``, ``report.md``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.checkpoint import Checkpoints
+from dsjax.config import UserError, from_dict, read_json, to_dict
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+from dsjax.metrics import write_atomic
+from dsjax.models.decoder import Decoder
+
+
+def cache_dir() -> pathlib.Path:
+    """Where prepared data and compiled programs are kept: ``$DSJAX_CACHE``, else ``~/.cache/dsjax``."""
+    return pathlib.Path(os.environ.get("DSJAX_CACHE") or pathlib.Path.home() / ".cache" / "dsjax")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run."""
+
+    path: pathlib.Path
+
+    @property
+    def config(self) -> pathlib.Path:
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        return self.path / "tokenizer.json"
+
+    def create(self) -> None:
+        """Makes the folder.
+
+        Raises:
+            UserError: it can not be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {self.path} can not be made: {error.strerror}") from None
+        if not os.access(self.path, os.W_OK):
+            raise UserError(f"run folder {self.path} is not writable")
+        if not self.config.exists() and any(self.path.iterdir()):
+            raise UserError(f"folder {self.path} is not empty and holds no run (no config.json); give another --run")
+
+    def write_config(self, config: Any) -> None:
+        write_atomic(self.config, json.dumps(to_dict(config), indent=1) + "\n")
+
+    def read_config(self) -> Any:
+        """The resolved config of the run.
+
+        Raises:
+            UserError: no run here.
+        """
+        if not self.path.is_dir():
+            raise UserError(f"no run folder {self.path}")
+        if not self.config.exists():
+            raise UserError(f"{self.path} is no run: it holds no config.json")
+        return from_dict(read_json(self.config), str(self.config))
+
+    def open_checkpoints(self) -> Checkpoints:
+        """Its checkpoints, to read.
+
+        Raises:
+            UserError: there is none yet.
+        """
+        self.read_config()
+        if not self.checkpoints.is_dir():
+            raise UserError(f"{self.path} has no checkpoint yet; train it first")
+        return Checkpoints(self.checkpoints, read_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A trained model on one device, ready to run."""
+
+    graph: Any
+    params: Any
+    tokenizer: Tokenizer
+    config: Any
+    step: int
+
+
+def load_model(run: RunFolder) -> LoadedModel:
+    """The model of a run's latest checkpoint.
+
+    Raises:
+        UserError: no run, no checkpoint, or one that does not fit.
+    """
+    config = run.read_config()
+    checkpoints = run.open_checkpoints()
+    arrays, _, step = checkpoints.load_numpy()
+    abstract = nnx.eval_shape(lambda: Decoder(config.model, config.compute, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    shapes = nnx.to_pure_dict(state)
+
+    def take(path: tuple, leaf: Any) -> jax.Array:
+        name = "params/" + "/".join(str(k.key) for k in path)
+        if name not in arrays or arrays[name].shape != leaf.shape:
+            raise UserError(f"checkpoint {step} of {run.path} does not fit its config: {name} should be {leaf.shape}")
+        return jnp.asarray(arrays[name])
+
+    params = jax.tree_util.tree_map_with_path(take, shapes)
+    return LoadedModel(graph, params, load_tokenizer(run.tokenizer), config, step)

@@ -1,0 +1,46 @@
+"""Process-wide settings of JAX and of the C library, made once before the first array."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+from dsjax.config import UserError
+
+
+def configure() -> None:
+    """Keeps compiled programs on disk, and the memory of a step in the process.
+
+    Raises:
+        UserError: JAX can not start on the platform that ``JAX_PLATFORMS`` names.
+    """
+    keep_freed_memory()
+    import jax
+
+    from dsjax.runs import cache_dir
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}): {error}") from None
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what XLA:CPU frees after a step instead of returning it to the kernel.
+
+    XLA:CPU allocates a step's temporaries anew each time. Blocks of this size come from mmap, so each step would
+    fault every page in again: 17 % of the time of the benchmark's step (docs/numerics.md).
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
+    except (OSError, AttributeError):
+        pass  # another C library

@@ -1,0 +1,222 @@
+"""Sharding: one mesh, one table of rules, ``param`` to declare a weight and ``shard`` to place an activation.
+
+Weights and activations name *logical* axes (``embed``, ``heads``, ``batch`` ...). :class:`Rules` maps those to the
+mesh axes ``data, fsdp, expert, tensor, context`` and is the only place that knows them. Every mesh has all five
+axes; an axis of size 1 is off, so moving a model from one device to FSDP x tensor x expert parallelism changes the
+mesh and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dsjax.config import Bounds, UserError
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: whatever is left."""
+
+    data: Annotated[int, Bounds(ge=-1)] = -1
+    fsdp: Annotated[int, Bounds(ge=-1)] = 1
+    expert: Annotated[int, Bounds(ge=-1)] = 1
+    tensor: Annotated[int, Bounds(ge=-1)] = 1
+    context: Annotated[int, Bounds(ge=-1)] = 1
+
+    def validate(self) -> None:
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        if 0 in sizes:
+            raise UserError(f"{MESH_AXES[sizes.index(0)]} is 0; a mesh axis has at least 1 device (-1: all that are left)")
+        if sizes.count(-1) > 1:
+            free = " and ".join(a for a in MESH_AXES if getattr(self, a) == -1)
+            raise UserError(f"{free} are both -1; only one axis can take the devices that are left")
+
+    def shape(self, num_devices: int) -> tuple[int, ...]:
+        """The size of each axis on ``num_devices`` devices.
+
+        Raises:
+            UserError: the sizes do not multiply to the number of devices.
+        """
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        fixed = math.prod(s for s in sizes if s != -1)
+        named = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True) if s not in (1, -1)) or "all 1"
+        if -1 in sizes:
+            if num_devices % fixed:
+                raise UserError(f"mesh is {named}: {fixed} does not divide the {num_devices} devices present")
+            sizes[sizes.index(-1)] = num_devices // fixed
+        elif fixed != num_devices:
+            raise UserError(f"mesh is {named}: {fixed} devices, but {num_devices} are present; set one axis to -1")
+        return tuple(sizes)
+
+
+def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """The mesh of ``cfg`` over ``devices`` (all of them when None)."""
+    devices = jax.devices() if devices is None else devices
+    shape = cfg.shape(len(devices))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes. The first half places weights, the second activations."""
+
+    # weights
+    layers: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ("tensor",)
+    embed: tuple[str, ...] = ("fsdp",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    heads_per_kv: tuple[str, ...] = ()
+    head_dim: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ("tensor",)
+    expert: tuple[str, ...] = ("expert",)
+    gate_up: tuple[str, ...] = ()
+    router: tuple[str, ...] = ()
+    norm: tuple[str, ...] = ()
+    # activations
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    length: tuple[str, ...] = ("context",)
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The partition of an array whose dimensions carry these logical axes (None: not split)."""
+        return PartitionSpec(*(getattr(self, a) or None if a is not None else None for a in axes))
+
+
+_current: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh and rules", default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh | None, rules: Rules = Rules()) -> Iterator[None]:
+    """Within it, :func:`shard` places activations on ``mesh``; a step function enters it while it is traced."""
+    token = _current.set(None if mesh is None or mesh.size == 1 else (mesh, rules))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_mesh() -> tuple[Mesh, Rules] | None:
+    """The mesh and rules in force, or None on a single device."""
+    return _current.get()
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """``x`` constrained to the layout that its logical axes have under the rules in force."""
+    current = _current.get()
+    if current is None:
+        return x
+    mesh, rules = current
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(*axes)))
+
+
+def map_shards(f: Callable, in_axes: tuple[tuple[str | None, ...], ...], out_axes: Any) -> Callable:
+    """``f`` run on each device's own shards (`jax.shard_map`), or plainly where there is one device.
+
+    Args:
+        f: takes one array for each entry of ``in_axes``.
+        in_axes: logical axes of each argument.
+        out_axes: logical axes of the result, or a tuple of such for several results.
+    """
+    current = _current.get()
+    if current is None:
+        return f
+    mesh, rules = current
+    specs = tuple(rules.spec(*axes) for axes in in_axes)
+    several = bool(out_axes) and isinstance(out_axes[0], tuple)
+    out = tuple(rules.spec(*axes) for axes in out_axes) if several else rules.spec(*out_axes)
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    *,
+    fan_in: int | None = None,
+    value: float | None = None,
+) -> nnx.Param:
+    """A float32 weight: normal with variance ``1 / fan_in``, or filled with ``value``.
+
+    Args:
+        rngs: source of the initial values; used here only.
+        shape: dimensions.
+        axes: one logical axis for each dimension, as in :class:`Rules`.
+        fan_in: number of inputs summed into each output.
+        value: constant to fill with instead (norm scales, zero-initialised projections).
+    """
+    assert len(shape) == len(axes), (shape, axes)
+    if value is not None:
+        return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+    assert fan_in is not None
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5, axes=axes)
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """``num_layers`` modules as one whose weights have a leading ``layers`` dimension."""
+    keys = jax.random.split(rngs.params(), num_layers)
+    graph = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
+    weights = jax.vmap(lambda key: nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)))[1]))(keys)
+    stacked = nnx.merge(graph, weights)
+    for _, variable in nnx.iter_graph(stacked):
+        if isinstance(variable, nnx.Variable):
+            variable.set_metadata(axes=("layers", *variable.get_metadata()["axes"]))
+    return stacked
+
+
+def logical_axes(module: nnx.Module) -> dict[str, Any]:
+    """The logical axes of every variable of a module, in the shape of its pure dict."""
+    state = nnx.split(module)[1]
+    axes = jax.tree.map(
+        lambda v: tuple(v.get_metadata()["axes"]), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+    return nnx.to_pure_dict(axes)
+
+
+def shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = Rules()) -> Any:
+    """The `NamedSharding` of every array of a tree.
+
+    Args:
+        shapes: tree of anything with ``shape``.
+        axes: the same tree of logical axes (:func:`logical_axes`).
+        mesh: the devices.
+        rules: logical axis -> mesh axes.
+
+    Raises:
+        UserError: a dimension does not divide over its mesh axes (names the weight, the axis and both sizes).
+    """
+
+    def one(path: tuple, leaf: Any, names: tuple[str, ...]) -> NamedSharding:
+        for size, name in zip(leaf.shape, names, strict=True):
+            parts = math.prod(mesh.shape[a] for a in getattr(rules, name))
+            if size % parts:
+                weight = "/".join(str(getattr(k, "key", k)) for k in path)
+                over = "*".join(getattr(rules, name))
+                raise UserError(f"mesh.{over} is {parts}: it does not divide {name}={size} of the weight {weight}")
+        return NamedSharding(mesh, rules.spec(*names))
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def host_array_to_global(x: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """A global array from each host's own rows of it (all rows on one host)."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)

@@ -1,0 +1,286 @@
+"""The training loop: steps, logs, checkpoints, held-out evaluation; skips, roll-backs, interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.checkpoint import Checkpoints
+from dsjax.data.batch import Batch
+from dsjax.metrics import MetricsLog, Progress, plot_loss, write_atomic
+from dsjax.runs import RunFolder
+from dsjax.train.peak import matmul_peak_flops
+from dsjax.train.step import Trainer, TrainState
+
+BAD_STEPS_IN_A_ROW = 3  # then the state goes back to the last checkpoint
+MAX_ROLLBACKS = 3  # then the run stops
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+@dataclasses.dataclass
+class Counters:
+    """Where the run is: plain data, saved with every checkpoint.
+
+    Attributes:
+        iteration: batches taken, skipped ones included.
+        total_steps: batches planned.
+        tokens_seen: trained on.
+        skipped: steps whose loss or gradient was not finite.
+        bad_in_a_row: such steps since the last good one.
+        rollbacks: returns to a checkpoint.
+        asked_steps: ``train.steps`` when the plan was made.
+    """
+
+    iteration: int = 0
+    total_steps: int = 0
+    asked_steps: int = 0
+    bad_in_a_row: int = 0
+    tokens_seen: int = 0
+    skipped: int = 0
+    rollbacks: int = 0
+
+
+@dataclasses.dataclass
+class Job:
+    """What a recipe hands to the loop.
+
+    Attributes:
+        trainer: the step functions.
+        step: the compiled step.
+        place: puts a batch on the devices.
+        batches: iterator with ``get_state`` and ``set_state``.
+        checkpoints: of the run.
+        evaluate: params -> held-out metrics.
+        flops_per_token: for the MFU.
+        begin: ``time.perf_counter()`` when the command began.
+    """
+
+    trainer: Trainer
+    step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Any]]]
+    place: Callable[[Batch], Batch]
+    batches: Any
+    checkpoints: Checkpoints
+    evaluate: Callable[[Any], dict[str, float]]
+    flops_per_token: float
+    begin: float
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to save and stop; the second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def train(config: Any, run: RunFolder, job: Job, *, quiet: bool = False) -> int:
+    """Runs until the planned steps are done, a signal asks to stop, or the numbers stay bad.
+
+    Returns:
+        The exit code: 0 done, 1 stopped by non-finite numbers, 130 interrupted and saved.
+    """
+    state, counters = restore_or_init(config, job)
+    log = MetricsLog(run.path, resume_step=counters.iteration, tensorboard=config.log.tensorboard)
+    progress = Progress(counters.total_steps, counters.iteration, quiet=quiet)
+    if counters.iteration:
+        progress.note(f"resumed at step {counters.iteration} of {counters.total_steps}")
+    clock, guard = Clock(config, job, log), Guard(job, config.train.seed)
+    every, code = config.train, 0
+    try:
+        with StopSignal() as stop:
+            while counters.iteration < counters.total_steps and stop.received is None:
+                batch = job.place(next(job.batches))
+                state, metrics = job.step(state, batch, jnp.int32(counters.total_steps))
+                counters.iteration += 1
+                # The numbers of a step are looked at while the next one runs.
+                state = guard.check(state, counters, metrics)
+                if not clock.running or counters.iteration % every.log_every == 0:
+                    state = guard.check(state, counters)
+                    clock.log(metrics, counters, progress)
+                if every.eval_every and counters.iteration % every.eval_every == 0:
+                    clock.evaluate(state, counters, progress)
+                if counters.iteration % config.checkpoint.every == 0:
+                    state = guard.check(state, counters)
+                    save(job, state, counters)
+            state = guard.check(state, counters)
+        if job.checkpoints.latest() != counters.iteration:
+            save(job, state, counters)
+        job.checkpoints.wait()
+        if counters.iteration < counters.total_steps:
+            progress.note(f"{stop.received}: saved at step {counters.iteration}; the same command goes on from there")
+            code = EXIT_INTERRUPTED
+    except NonFinite as error:
+        write_atomic(run.path / "failure.json", json.dumps(error.report, indent=1) + "\n")
+        progress.note(f"stopped: {error} (see {run.path / 'failure.json'}; the last good checkpoint is kept)")
+        code = EXIT_FAILED
+    finally:
+        progress.close()
+        log.close()
+        job.batches.close()
+        job.checkpoints.close()
+    plot_loss(log.records, run.path / "loss.png", title=run.path.name)
+    if code == 0:
+        progress.note(f"done: {counters.iteration} steps, {counters.tokens_seen:,} tokens, in {run.path}")
+    return code
+
+
+def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
+    """The latest checkpoint's state and position in the data, else new ones."""
+    if job.checkpoints.latest() is None:
+        return job.trainer.init(config.train.seed), Counters(total_steps=config.train.steps, asked_steps=config.train.steps)
+    state, host, _ = job.checkpoints.restore(job.trainer.shapes)
+    job.batches.set_state(host["data"])
+    counters = Counters(**host["loop"])
+    if counters.asked_steps != config.train.steps:  # the user asks for another length
+        counters.total_steps = counters.asked_steps = config.train.steps
+    return state, counters
+
+
+def save(job: Job, state: TrainState, counters: Counters) -> None:
+    """One commit of everything."""
+    host = {"data": job.batches.get_state(), "loop": dataclasses.asdict(counters)}
+    job.checkpoints.save(counters.iteration, state, host)
+
+
+# ---------------------------------------------------------------- bad numbers
+
+
+class NonFinite(RuntimeError):
+    """The numbers stay bad after every roll-back."""
+
+    def __init__(self, report: dict[str, Any]):
+        super().__init__(
+            f"loss or gradients were not finite {BAD_STEPS_IN_A_ROW} times in a row after "
+            f"{report['rollbacks']} roll-backs, at step {report['step']}"
+        )
+        self.report = report
+
+
+class Guard:
+    """Counts steps that the state was protected from, and goes back to the last checkpoint when they persist.
+
+    The data goes on behind the bad batches: what is rolled back is the state alone.
+    """
+
+    def __init__(self, job: Job, seed: int):
+        self._job, self._seed = job, seed
+        self._pending: dict[str, Any] | None = None
+        self._losses: list[float] = []
+
+    def check(self, state: TrainState, counters: Counters, metrics: dict[str, Any] | None = None) -> TrainState:
+        """Looks at the step before, and keeps ``metrics`` of this one for the next call (None: nothing is left)."""
+        before, self._pending = self._pending, metrics
+        if before is None:
+            return state
+        self._losses = [*self._losses[-9:], float(before["loss"])]
+        if float(before["finite"]):
+            counters.tokens_seen += int(before["tokens"])
+            counters.bad_in_a_row = 0
+            return state
+        counters.skipped += 1
+        counters.bad_in_a_row += 1
+        return state if counters.bad_in_a_row < BAD_STEPS_IN_A_ROW else self._roll_back(counters)
+
+    def _roll_back(self, counters: Counters) -> TrainState:
+        if counters.rollbacks == MAX_ROLLBACKS:
+            report = {"step": counters.iteration, "rollbacks": counters.rollbacks, "skipped": counters.skipped}
+            raise NonFinite(report | {"last_losses": [repr(x) for x in self._losses]})
+        counters.rollbacks += 1
+        counters.bad_in_a_row = 0
+        self._job.checkpoints.wait()
+        if self._job.checkpoints.latest() is None:
+            return self._job.trainer.init(self._seed)
+        return self._job.checkpoints.restore(self._job.trainer.shapes)[0]
+
+
+# ---------------------------------------------------------------- time and logs
+
+
+class Clock:
+    """Seconds, tokens per second, MFU; and fewer steps when they would take longer than the user allows."""
+
+    def __init__(self, config: Any, job: Job, log: MetricsLog):
+        self._config, self._job, self._log = config, job, log
+        self._before = log.records[-1]["seconds"] if log.records else 0.0
+        self._peak = matmul_peak_flops(config.compute.dtype) * jax.device_count()
+        self._loop = self._mark = (0.0, 0, 0)  # time, iteration, tokens: when the loop ran, and at the last log
+
+    @property
+    def running(self) -> bool:
+        """Whether the first step of this process is done."""
+        return self._loop[1] > 0
+
+    def seconds(self) -> float:
+        """Since the run began, over all resumptions."""
+        return self._before + time.perf_counter() - self._job.begin
+
+    def log(self, metrics: dict[str, Any], counters: Counters, progress: Progress) -> None:
+        """One record; the first step of a process stands apart, since it waited for everything."""
+        values = {name: float(value) for name, value in metrics.items()}
+        now = (time.perf_counter(), counters.iteration, counters.tokens_seen)
+        if not self.running:
+            self._loop = self._mark = now
+            values["first_step_seconds"] = now[0] - self._job.begin
+            progress.note(f"first step after {values['first_step_seconds']:.1f} s")
+        else:
+            rate = (now[2] - self._mark[2]) / (now[0] - self._mark[0])
+            values |= {"tokens_per_second": rate, "mfu": rate * self._job.flops_per_token / self._peak}
+            self._mark = now
+            self._plan(counters, now)
+        values |= {"tokens_seen": counters.tokens_seen, "seconds": self.seconds()}
+        values |= {"skipped": counters.skipped, "rollbacks": counters.rollbacks}
+        self._log.write(counters.iteration, values)
+        rate_text = f"  {values['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in values else ""
+        progress.update(counters.iteration, counters.total_steps, f"loss {values['loss']:.3f}{rate_text}")
+
+    def evaluate(self, state: TrainState, counters: Counters, progress: Progress) -> None:
+        begin = time.perf_counter()
+        values = self._job.evaluate(state.params)
+        spent = time.perf_counter() - begin  # not training time
+        self._mark = (self._mark[0] + spent, *self._mark[1:])
+        self._log.write(
+            counters.iteration, values | {"tokens_seen": counters.tokens_seen, "seconds": self.seconds()}
+        )
+        progress.note("  ".join(f"{name} {value:.3f}" for name, value in values.items()))
+
+    def _plan(self, counters: Counters, now: tuple[float, int, int]) -> None:
+        """Plans the number of steps to what fits, until the learning rate has begun to decay."""
+        train, optim = self._config.train, self._config.optim
+        decay = optim.decay_share if optim.schedule == "wsd" else 1.0
+        early = now[1] - self._loop[1] <= 2 * train.log_every
+        if not train.max_minutes or not (early or counters.iteration < counters.total_steps * (1 - decay)):
+            return
+        per_step = (now[0] - self._loop[0]) / (now[1] - self._loop[1])
+        fits = counters.iteration + (train.max_minutes * 60 - self.seconds()) / per_step
+        planned = int(np.clip(fits, counters.iteration + 1, train.steps))
+        if jax.process_count() > 1:  # every host must stop at the same step
+            from jax.experimental import multihost_utils
+
+            planned = int(multihost_utils.broadcast_one_to_all(np.int32(planned)))
+        counters.total_steps = planned

@@ -1,0 +1,210 @@
+"""The training step: a pure function from state and batch to state and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt32
+
+from dsjax.data.batch import Batch
+from dsjax.models.decoder import Decoder
+from dsjax.sharding import Rules, logical_axes, replicated, shardings, use_mesh
+from dsjax.train.losses import cross_entropy
+from dsjax.train.optimizer import OptimConfig, learning_rate, make_optimizer
+
+Metrics = dict[str, Float[Array, ""]]
+# (model, batch, key, total weight of the whole batch) -> (loss to descend, metrics); both add up over micro-batches
+LossFunction = Callable[[Any, Batch, jax.Array, Float[Array, ""]], tuple[Float[Array, ""], Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+        step: updates applied.
+        params: float32 weights, a nested dict.
+        opt_state: of the Optax transformation.
+        rng: key data; every applied step splits it.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    rng: UInt32[Array, "..."]
+
+
+def next_token_loss(
+    model: Decoder, batch: Batch, key: jax.Array, total_weight: Float[Array, ""]
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean cross-entropy over the batch's weight plus the model's auxiliary losses."""
+    del key
+    out = model(batch.tokens_BT, batch.documents)
+    nll = cross_entropy(
+        out.hidden_BTD,
+        model.output_weights(),
+        batch.targets_BT,
+        batch.loss_weight_BT,
+        chunk=model.compute.loss_chunk,
+    )
+    loss = nll / total_weight
+    metrics = {"loss": loss}
+    # What is a mean over these rows counts by their share of the whole batch, so that micro-batches add up.
+    share = jnp.sum(batch.loss_weight_BT) / total_weight
+    for name, value in out.losses.items():
+        metrics[f"loss/{name}"] = value * share
+        loss = loss + value * share
+    for name, stats in out.router.items():
+        relative_LE = stats.load_E / jnp.maximum(jnp.mean(stats.load_E, axis=-1, keepdims=True), 1.0)
+        metrics[f"router/{name}/max_over_mean_load"] = jnp.mean(jnp.max(relative_LE, axis=-1)) * share
+        metrics[f"router/{name}/entropy"] = jnp.mean(stats.entropy) * share
+    return loss, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The pure functions of one training job, and where its state lives.
+
+    Attributes:
+        init: seed -> TrainState, each array created on its own devices.
+        step: (state, batch, total_steps) -> (state, metrics); the given state is donated.
+        shapes: abstract TrainState with shardings, to restore into.
+        axes: logical axes of the parameters.
+        graph: the model without its weights.
+    """
+
+    init: Callable[[int], TrainState]
+    step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+    shapes: TrainState
+    axes: Any
+    graph: Any
+
+
+def make_trainer(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    optim: OptimConfig,
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    loss_fn: LossFunction = next_token_loss,
+    rules: Rules = Rules(),
+) -> Trainer:
+    """Builds the jitted functions of a job; nothing is computed yet.
+
+    Args:
+        make_model: builds the model from random keys.
+        optim: optimizer and schedule.
+        mesh: devices.
+        accumulate: micro-batches that a batch is cut into.
+        loss_fn: what is descended.
+        rules: logical axis -> mesh axes.
+    """
+    abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+    graph, axes = nnx.split(abstract)[0], logical_axes(abstract)
+    tx = make_optimizer(optim, axes)
+
+    def init(seed: jax.Array) -> TrainState:
+        key = jax.random.key(seed)
+        params = nnx.to_pure_dict(nnx.split(make_model(nnx.Rngs(jax.random.fold_in(key, 0))))[1])
+        rng = jax.random.key_data(jax.random.fold_in(key, 1))
+        return TrainState(jnp.int32(0), params, tx.init(params), rng)
+
+    def step(state: TrainState, batch: Batch, total_steps: jax.Array) -> tuple[TrainState, Metrics]:
+        with use_mesh(mesh, rules):
+            return _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps)
+
+    shapes = jax.eval_shape(init, 0)
+    places = state_shardings(shapes, shardings(shapes.params, axes, mesh, rules), mesh)
+    return Trainer(
+        init=jax.jit(init, out_shardings=places),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+        shapes=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places),
+        axes=axes,
+        graph=graph,
+    )
+
+
+def state_shardings(shapes: TrainState, param_places: Any, mesh: Mesh) -> TrainState:
+    """Optimizer moments lie where their parameter lies; counters are replicated."""
+    by_path = {_keys(path): place for path, place in jax.tree_util.tree_leaves_with_path(param_places)}
+    shape_of = {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)}
+
+    def place(path: tuple, leaf: Any) -> Any:
+        keys = _keys(path)
+        for start in range(len(keys)):
+            if shape_of.get(keys[start:]) == leaf.shape:
+                return by_path[keys[start:]]
+        return replicated(mesh)
+
+    everywhere = replicated(mesh)
+    opt = jax.tree_util.tree_map_with_path(place, shapes.opt_state)
+    return TrainState(everywhere, param_places, opt, everywhere)
+
+
+def _keys(path: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):
+    rng, key = jax.random.split(jax.random.wrap_key_data(state.rng))
+    total_weight = jnp.maximum(jnp.sum(batch.loss_weight_BT), 1.0)
+
+    def loss_of(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        return loss_fn(nnx.merge(graph, params), part, key, total_weight)
+
+    gradient = jax.grad(loss_of, has_aux=True)
+    if accumulate == 1:
+        grads, metrics = gradient(state.params, batch, key)
+    else:
+        grads, metrics = _accumulated(gradient, accumulate, state.params, batch, key)
+
+    lr_share = learning_rate(optim, state.step, total_steps)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+    def update(_: None) -> TrainState:
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p + lr_share * u, state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, jax.random.key_data(rng))
+
+    # A bad step leaves every bit of the state as it was.
+    state = jax.lax.cond(finite, update, lambda _: state, None)
+    metrics = metrics | {
+        "grad_norm": grad_norm,
+        "lr": lr_share * optim.lr,
+        "finite": finite.astype(jnp.float32),
+        "tokens": jnp.sum(batch.loss_weight_BT > 0).astype(jnp.float32),
+    }
+    return state, metrics
+
+
+def _accumulated(gradient, accumulate: int, params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
+    """Gradients and metrics summed over micro-batches of every ``accumulate``-th row.
+
+    Strided, so that each device's rows give to every micro-batch and nothing moves.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
+
+    parts = jax.tree.map(split, batch)
+    keys = jax.random.split(key, accumulate)
+
+    def one(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts), keys[0]),
+    )
+    (grads, metrics), _ = jax.lax.scan(one, zeros, (parts, keys))
+    return grads, metrics

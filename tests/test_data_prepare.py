@@ -1,0 +1,211 @@
+"""Preparing a corpus: halves, cache, fingerprint, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dsjax.config import UserError
+from dsjax.data.corpus import Document, Source
+from dsjax.data.dedup import deduplicate
+from dsjax.data.prepare import DataConfig, prepare, split
+
+
+def _write(folder: pathlib.Path, count: int = 30, salt: str = "") -> pathlib.Path:
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng([count, *salt.encode()])
+    for i in range(count):
+        words = rng.integers(0, 300, 40)
+        body = "".join(f"    x_{w} = f({w})\n" for w in words)
+        (folder / f"m{i:03}.py").write_text(f"def {salt}g{i}():\n{body}")
+    (folder / "copy.py").write_text((folder / "m001.py").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    folder = _write(tmp_path_factory.mktemp("source"))
+    return DataConfig(sources=(Source(str(folder)),), vocab_size=400, held_out_share=0.2, seq_len=32)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def corpus(cfg, cache):
+    return prepare(cfg, cache)
+
+
+def _training_texts(corpus):
+    tokens, offsets = corpus.training_documents()
+    return [corpus.tokenizer.decode(tokens[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def test_halves_make_up_the_corpus_and_share_nothing(cfg, corpus):
+    files = {p.read_text() for p in pathlib.Path(cfg.sources[0].path).iterdir()}
+    training, held_out = _training_texts(corpus), [h.text for h in corpus.held_out]
+    assert sorted(training + held_out) == sorted(files)
+    assert not set(training) & set(held_out) and held_out
+    together = [Document(str(i), t) for i, t in enumerate(training + held_out)]
+    assert not deduplicate(together, cfg.near_duplicate_threshold).dropped
+
+
+def test_held_out_ids_give_the_text(corpus):
+    for h in corpus.held_out:
+        assert corpus.tokenizer.decode(h.ids) == h.text and h.num_bytes == len(h.text.encode())
+
+
+def test_report_counts(corpus):
+    r = corpus.report
+    assert r.num_read == 31 and r.num_training + r.num_held_out == 30
+    assert [d[2] for d in r.duplicates] == [1.0]
+    assert r.training_tokens == corpus.stores[0].tokens.size
+    assert r.held_out_bytes == sum(h.num_bytes for h in corpus.held_out)
+
+
+def test_tokenizer_never_sees_the_held_out_half(tmp_path):
+    folder = _write(tmp_path / "s", 8)
+    cfg = DataConfig(sources=(Source(str(folder)),), vocab_size=300, held_out_share=0.3)
+    before = prepare(cfg, tmp_path / "c")
+    edited = before.held_out[0]
+    path = folder / edited.name
+    # Find an edit that stays held out, then compare tokenizers.
+    for i in range(1000):
+        text = edited.text + "zqzq" * 50 + str(i)
+        if int.from_bytes(Document("", text).digest[:8], "big") / 2**64 < 0.3:
+            break
+    path.write_text(text)
+    after = prepare(cfg, tmp_path / "c")
+    assert after.tokenizer.to_json() == before.tokenizer.to_json()
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_growing_corpus_moves_no_document_across():
+    documents = [Document(str(i), f"text {i}") for i in range(400)]
+    small = split(documents, range(100), 0.1)
+    large = split(documents, range(400), 0.1)
+    assert set(small[0]) <= set(large[0]) and set(small[1]) <= set(large[1])
+    assert abs(len(large[1]) / 400 - 0.1) < 0.06  # 4 standard deviations
+
+
+def test_neither_half_is_ever_empty():
+    documents = [Document("a", "a"), Document("b", "b")]
+    for share in (1e-9, 1 - 1e-9):
+        training, held_out = split(documents, (0, 1), share)
+        assert len(training) == len(held_out) == 1
+    with pytest.raises(UserError, match="hold 1 distinct document"):
+        split(documents, (0,), 0.5)
+
+
+def test_cache_is_used_and_an_edited_file_is_a_new_entry(cfg, tmp_path):
+    folder = _write(tmp_path / "s")
+    cfg = dataclasses.replace(cfg, sources=(Source(str(folder)),))
+    stages: list[str] = []
+    first = prepare(cfg, tmp_path / "c", progress=stages.append)
+    built = len(stages)
+    second = prepare(cfg, tmp_path / "c", progress=stages.append)
+    assert built > 2 and len(stages) == built + 1  # only "reading"
+    assert second.fingerprint == first.fingerprint and second.report == first.report
+    np.testing.assert_array_equal(second.stores[0].tokens, first.stores[0].tokens)
+    (folder / "m002.py").write_text("x = 1\n")
+    assert prepare(cfg, tmp_path / "c").fingerprint != first.fingerprint
+    assert len(list((tmp_path / "c").iterdir())) == 2
+
+
+@pytest.mark.parametrize("victim", ["tokens_0.npy", "held_out.jsonl", "tokenizer.json", "manifest.json", "missing"])
+def test_a_damaged_cache_is_rebuilt_with_one_line(cfg, corpus, tmp_path, caplog, victim):
+    prepare(cfg, tmp_path)
+    (entry,) = tmp_path.iterdir()
+    if victim == "missing":
+        (entry / "offsets_0.npy").unlink()
+    else:
+        content = bytearray((entry / victim).read_bytes())
+        content[len(content) // 2] ^= 1
+        (entry / victim).write_bytes(content)
+    again = prepare(cfg, tmp_path)
+    (record,) = caplog.records
+    assert "is damaged" in record.message and "\n" not in record.message
+    assert again.fingerprint == corpus.fingerprint and list(tmp_path.iterdir()) == [entry]
+
+
+def test_two_processes_may_race(cfg, corpus, tmp_path):
+    code = (
+        "import sys; from dsjax.data.prepare import *; from dsjax.data.corpus import Source;"
+        f"print(prepare({cfg!r}, sys.argv[1]).fingerprint)"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) for _ in range(2)]
+    assert [p.communicate()[0].decode().strip() for p in both] == [corpus.fingerprint] * 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"seq_len": 64}, False),
+        ({"seed": 1}, False),
+        ({"vocab_size": 380}, False),
+        ({"special_tokens": ("<|fim|>",)}, False),
+        ({"held_out_share": 0.5}, False),
+        ({"batch_size": 3}, True),
+    ],
+)
+def test_fingerprint_changes_with_what_changes_the_rows(cfg, cache, corpus, change, same):
+    assert (prepare(dataclasses.replace(cfg, **change), cache).fingerprint == corpus.fingerprint) is same
+
+
+def test_a_loaded_tokenizer_is_used_and_must_fit(cfg, corpus, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
+    loaded = dataclasses.replace(cfg, tokenizer_path=str(path))
+    assert prepare(loaded, tmp_path / "c").fingerprint == corpus.fingerprint
+    with pytest.raises(UserError, match="vocab_size is 300; .* has 400 ids"):
+        prepare(dataclasses.replace(loaded, vocab_size=300), tmp_path / "c")
+    lossy = json.loads(corpus.tokenizer.to_json())
+    lossy["normalizer"] = {"type": "Lowercase"}
+    lossy["model"]["vocab"].pop("x"), lossy["model"].update(merges=[])
+    path.write_text(json.dumps(lossy), encoding="utf-8")
+    with pytest.raises(UserError, match="does not reproduce"):
+        prepare(loaded, tmp_path / "c")
+
+
+def test_a_source_of_duplicates_only_is_named(cfg, tmp_path):
+    folder = _write(tmp_path / "s", 3)
+    for path in list(folder.iterdir())[1:]:
+        path.unlink()
+    (only,) = folder.iterdir()
+    only.write_text(next(p for p in pathlib.Path(cfg.sources[0].path).iterdir() if p.name == "m003.py").read_text())
+    both = dataclasses.replace(cfg, sources=(*cfg.sources, Source(str(folder))))
+    with pytest.raises(UserError, match=r"data.sources.[01] \(.*\) has no document left"):
+        prepare(both, tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sources": ()}, "data.sources is empty"),
+        ({"sources": (Source(weight=0.0),)}, "data.sources.0.weight is 0.0"),
+        ({"sources": (Source(weight=-1.0),)}, "data.sources.0.weight is -1.0"),
+        ({"held_out_share": 0.0}, "data.held_out_share is 0.0"),
+        ({"held_out_share": 1.0}, "data.held_out_share is 1.0"),
+        ({"near_duplicate_threshold": 0.0}, "data.near_duplicate_threshold is 0.0"),
+        ({"vocab_size": 256}, "data.vocab_size is 256; it must be at least 257"),
+        ({"seq_len": 0}, "data.seq_len is 0"),
+        ({"batch_size": 0}, "data.batch_size is 0"),
+        ({"seed": -1}, "data.seed is -1"),
+        ({"special_tokens": ("a", "a")}, "data.special_tokens is ('a', 'a'); names must be distinct"),
+        ({"special_tokens": ("a",), "tokenizer_path": "t.json"}, "data.special_tokens is ('a',); with tokenizer_path"),
+        ({"tokenizer_path": "nowhere.json"}, "'nowhere.json' does not exist"),
+    ],
+)
+def test_bad_settings_are_one_sentence(cfg, tmp_path, change, said):
+    with pytest.raises(UserError) as caught:
+        prepare(dataclasses.replace(cfg, **change), tmp_path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,71 @@
+"""The tokenizer: exact, deterministic, deaf to special tokens spelt in text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsjax.config import UserError
+from dsjax.data.tokenizer import END, load_tokenizer, train_tokenizer
+
+_TEXTS = ["def f(self):\n        return self.value_1 + 12345\n" * 20, "class A:\n    x = '<|end|>'\n\n    y = 2\n" * 20]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(_TEXTS, 320, ("<|fim|>",))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.text(alphabet=" \t\r\n_aé0.:(<|end>"))
+def test_round_trip_is_exact(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert not set(ids.tolist()) & set(tokenizer.special_ids.values())
+
+
+def test_ids_of_special_tokens(tokenizer):
+    assert tokenizer.special_ids == {END: 0, "<|fim|>": 1} and tokenizer.end_id == 0
+    assert tokenizer.decode([0, *tokenizer.encode("a"), 1]) == "a"
+
+
+def test_line_end_with_indentation_is_one_token(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("):\n        return")[:1]) == "):\n        "
+
+
+def test_encode_many_equals_encode(tokenizer):
+    texts = [*_TEXTS, "", "x"]
+    for one, text in zip(tokenizer.encode_many(texts), texts, strict=True):
+        np.testing.assert_array_equal(one, tokenizer.encode(text))
+
+
+def test_training_is_deterministic_across_processes(tokenizer):
+    code = (
+        f"from dsjax.data.tokenizer import *; print(train_tokenizer({_TEXTS!r}, 320, ('<|fim|>',)).to_json(), end='')"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert again == tokenizer.to_json()
+
+
+def test_load_gives_the_same_ids(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.vocab_size == tokenizer.vocab_size
+    np.testing.assert_array_equal(loaded.encode(_TEXTS[1]), tokenizer.encode(_TEXTS[1]))
+
+
+def test_bad_tokenizer_files(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(path)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizer.json"):
+        load_tokenizer(path)
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    with pytest.raises(UserError, match="no special token '<eos>'; it has <|end|>"):
+        load_tokenizer(path, end_token="<eos>")
