@@ -18,6 +18,7 @@ import pathlib
 import sys
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -144,7 +145,7 @@ def _unquote(text: str) -> str:
     return text
 
 
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     """``; did you mean X?`` for the nearest of ``names``, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
@@ -153,7 +154,7 @@ def _nearest(name: str, names: typing.Iterable[str]) -> str:
 # ---------------------------------------------------------------- overrides
 
 
-def apply_overrides(config: T, overrides: typing.Sequence[str]) -> T:
+def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     """``config`` with each ``a.b=value`` put in; lists take an index (``model.groups.0.num_layers=2``) and a part
     takes several values at once (``mesh=fsdp=2,tensor=4``).
 

@@ -87,43 +87,52 @@ class MetricsLog:
 
 
 class Progress:
-    """A bar with loss, tokens/s and the time left on a terminal; one line every ``every`` updates elsewhere."""
+    """A bar with the time left on a terminal; elsewhere a line every ``every`` updates, on standard error."""
 
-    def __init__(self, total: int, start: int = 0, *, every: int = 10, quiet: bool = False):
-        self._total, self._every, self._quiet, self._updates = total, every, quiet, 0
-        self._bar: Any = None
+    def __init__(self, total: int, start: int = 0, *, label: str = "training", every: int = 10, quiet: bool = False):
+        self._label, self._every, self._quiet, self._updates = label, every, quiet, 0
         self._begin, self._start = time.perf_counter(), start
+        self._bar: Any = None
         if sys.stderr.isatty() and not quiet:
+            from rich import progress
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
 
-            self._bar = Bar(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
+            self._bar = progress.Progress(
+                progress.TextColumn(label),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[text]}"),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self._bar.start()
             self._task = self._bar.add_task("", total=total, completed=start, text="")
 
-    def update(self, step: int, total: int, text: str) -> None:
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """``done`` of ``total`` (which may have changed); ``text`` stands beside them."""
         self._updates += 1
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, total=total, text=text)
-        elif not self._quiet and (self._updates % self._every == 1 or self._every == 1 or step == total):
-            done = max(step - self._start, 1)
-            left = (time.perf_counter() - self._begin) / done * (total - step)
-            print(f"step {step}/{total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+            self._bar.update(self._task, completed=done, total=total, text=text)
+        elif not self._quiet and (self._updates % self._every == 1 or self._every == 1 or done == total):
+            seconds = (time.perf_counter() - self._begin) / max(done - self._start, 1) * (total - done)
+            print(f"{self._label} {done}/{total}  {text}  {seconds:.0f} s left", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(text, highlight=False, markup=False)
         elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def plot_loss(

@@ -120,10 +120,11 @@ def _named(name: str, content: bytes):
 def test_bad_sources_are_one_sentence(tmp_path, make, said):
     with pytest.raises(UserError) as caught:
         read_source(Source(str(make(tmp_path))))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_path_names_the_nearest(tmp_path):
     (tmp_path / "corpus").mkdir()
-    with pytest.raises(UserError, match="did you mean .*corpus"):
+    with pytest.raises(UserError, match=r"did you mean .*corpus"):
         read_source(Source(str(tmp_path / "corpsu")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -36,9 +37,7 @@ def _corpus(*lengths_of_sources, fingerprint="f") -> Corpus:
 def _numbered(*lengths) -> Corpus:
     """One source whose tokens are all different, so that rows show where they come from."""
     first = np.cumsum([1, *lengths])
-    return Corpus(
-        (_store([range(a, b) for a, b in zip(first, first[1:], strict=False)]),), (), _TOKENIZER, "f", _REPORT
-    )
+    return Corpus((_store([range(a, b) for a, b in itertools.pairwise(first)]),), (), _TOKENIZER, "f", _REPORT)
 
 
 def _config(num_sources=1, **values) -> DataConfig:
@@ -63,7 +62,7 @@ _LENGTHS = st.lists(st.integers(1, 25), min_size=1, max_size=8)
 @given(_LENGTHS, st.integers(1, 12), st.integers(0, 5))
 def test_rows_are_the_shuffled_concatenation(lengths, seq_len, seed):
     documents = [np.arange(n) + 100 * (i + 1) for i, n in enumerate(lengths)]
-    rows = [r for r in _iterate(PackedRows(_store(documents), seq_len=seq_len, seed=seed, end_id=0))]
+    rows = _stream_rows(_store(documents), seq_len, seed, epoch=seed % 2)
     tokens, targets, weight, ids, positions = (
         np.concatenate([r[k] for r in rows]) for k in ("tokens", "targets", "loss_weight", "document_ids", "positions")
     )
@@ -74,35 +73,49 @@ def test_rows_are_the_shuffled_concatenation(lengths, seq_len, seed):
     assert sorted(map(tuple, parts)) == sorted((0, *d) for d in documents)
     # The target is the next input of the stream; after the last document, the boundary.
     np.testing.assert_array_equal(targets[real], [*tokens[real][1:], 0])
-    assert (ids[~real] == 0).all() and (tokens[~real] == 0).all()
+    assert (ids[~real] == 0).all()
+    assert (tokens[~real] == 0).all()
     for r in rows:
         used = int(r["loss_weight"].sum())
         ids, positions = r["document_ids"][:used], r["positions"][:used]
         new = np.flatnonzero(np.diff(ids)) + 1
-        assert ids[0] == 1 and set(np.diff(ids)) <= {0, 1}
+        assert ids[0] == 1
+        assert set(np.diff(ids)) <= {0, 1}
         np.testing.assert_array_equal(new, np.flatnonzero(r["tokens"][1:used] == 0) + 1)
         for part in np.split(positions, new):
             np.testing.assert_array_equal(part, np.arange(part.size))
 
 
-def _iterate(rows):
-    return (rows[i] for i in range(len(rows)))
+def _stream_rows(store, seq_len, seed, epoch):
+    """The rows of one epoch in the order of its stream, that is with the shuffle of the rows undone."""
+    rows = PackedRows(store, seq_len=seq_len, seed=seed, end_id=0)
+    found = [rows[epoch * rows.num_rows + i] for i in range(rows.num_rows)]
+    return [found[i] for i in np.argsort(rows._layout(epoch).rows)]
 
 
-def test_an_epoch_has_every_row_once_and_the_next_one_another_order():
-    corpus, cfg = _numbered(*range(3, 40)), _config()
-    rows = mixed_rows(corpus, cfg)
-    num_rows = len(PackedRows(corpus.stores[0], seq_len=8, seed=0, end_id=0))
-    epochs = [[tuple(rows[e * num_rows + i]["tokens"]) for i in range(num_rows)] for e in range(3)]
-    assert len(set(epochs[0])) == num_rows
-    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+def test_an_epoch_has_every_target_once_and_the_next_one_other_rows():
+    documents = [range(a, a + 20) for a in range(1, 400, 20)]
+    rows = PackedRows(_store(documents), seq_len=8, seed=0, end_id=0)
+    epochs = [[rows[e * rows.num_rows + i] for i in range(rows.num_rows)] for e in range(3)]
+    for epoch in epochs:
+        targets = np.concatenate([r["targets"][r["loss_weight"] > 0] for r in epoch])
+        assert sorted(targets) == sorted([*range(1, 401), *[0] * 20])
+    kinds = [{tuple(r["tokens"]) for r in epoch} for epoch in epochs]
+    assert len(kinds[0] & kinds[1]) < len(kinds[0]) / 2
+    assert kinds[1] != kinds[2]
+
+
+def test_rows_are_shuffled_within_an_epoch():
+    rows = PackedRows(_store([range(1, 2000)]), seq_len=8, seed=3, end_id=0)
+    order = [rows[i]["tokens"][0] for i in range(rows.num_rows)]
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 4 / np.sqrt(len(order))
 
 
 def test_batches_are_fixed_shape_numpy():
     (batch,) = _take(make_batches(_numbered(30, 30), _config()), 1)
     for leaf in jax.tree.leaves(batch):
-        assert isinstance(leaf, np.ndarray) and leaf.shape == (4, 8)
+        assert isinstance(leaf, np.ndarray)
+        assert leaf.shape == (4, 8)
     assert batch.tokens_BT.dtype == batch.targets_BT.dtype == batch.documents.ids_BT.dtype == np.int32
     assert batch.loss_weight_BT.dtype == np.float32
 
@@ -157,7 +170,7 @@ def test_another_batch_size_goes_on_with_the_next_row():
 def test_other_data_is_refused():
     state = make_batches(_corpus([9], fingerprint="a" * 64), _config()).get_state()
     other = make_batches(_corpus([9], fingerprint="b" * 64), _config())
-    with pytest.raises(UserError, match="data changed: .* fingerprint a{16}, found b{16}; restore"):
+    with pytest.raises(UserError, match=r"data changed: .* fingerprint a{16}, found b{16}; restore"):
         other.set_state(state)
 
 
@@ -179,7 +192,7 @@ def test_a_corpus_smaller_than_a_batch_repeats():
 
 
 def test_batch_must_divide_among_hosts():
-    with pytest.raises(UserError, match="data.batch_size is 4; it must be a multiple of the number of hosts, 3"):
+    with pytest.raises(UserError, match=r"data.batch_size is 4; it must be a multiple of the number of hosts, 3"):
         make_batches(_numbered(30), _config(), host_index=0, num_hosts=3)
 
 
@@ -202,14 +215,15 @@ def test_evaluation_counts_every_token_once_with_its_context(lengths, seq_len, d
             counted[owner].append(place)
             # What the target is predicted from: its document's part of the row, as the mask shows it.
             seen = batch.tokens_BT[b, : t + 1][batch.documents.ids_BT[b, : t + 1] == batch.documents.ids_BT[b, t]]
-            assert batch.documents.ids_BT[b, t] > 0 and batch.documents.positions_BT[b, t] == seen.size - 1
+            assert batch.documents.ids_BT[b, t] > 0
+            assert batch.documents.positions_BT[b, t] == seen.size - 1
             np.testing.assert_array_equal(seen, stream[place - seen.size : place])
             assert seen.size >= min(context + 1, place)
     assert [sorted(c) for c in counted] == [list(range(1, n + 2)) for n in lengths]
 
 
 def test_evaluation_context_must_fit():
-    with pytest.raises(UserError, match="context of evaluation is 8; it must be at least 0 and below seq_len, 8"):
+    with pytest.raises(UserError, match=r"context of evaluation is 8; it must be at least 0 and below seq_len, 8"):
         eval_windows([], seq_len=8, context=8, batch_size=1, end_id=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from dsjax.config import UserError
 from dsjax.data.corpus import Document, Source
 from dsjax.data.dedup import deduplicate
-from dsjax.data.prepare import DataConfig, prepare, split
+from dsjax.data.prepare import DataConfig, _publish, prepare, split
 
 
 def _write(folder: pathlib.Path, count: int = 30, salt: str = "") -> pathlib.Path:
@@ -46,26 +47,29 @@ def corpus(cfg, cache):
 
 def _training_texts(corpus):
     tokens, offsets = corpus.training_documents()
-    return [corpus.tokenizer.decode(tokens[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [corpus.tokenizer.decode(tokens[a:b]) for a, b in itertools.pairwise(offsets)]
 
 
 def test_halves_make_up_the_corpus_and_share_nothing(cfg, corpus):
     files = {p.read_text() for p in pathlib.Path(cfg.sources[0].path).iterdir()}
     training, held_out = _training_texts(corpus), [h.text for h in corpus.held_out]
     assert sorted(training + held_out) == sorted(files)
-    assert not set(training) & set(held_out) and held_out
+    assert not set(training) & set(held_out)
+    assert held_out
     together = [Document(str(i), t) for i, t in enumerate(training + held_out)]
     assert not deduplicate(together, cfg.near_duplicate_threshold).dropped
 
 
 def test_held_out_ids_give_the_text(corpus):
     for h in corpus.held_out:
-        assert corpus.tokenizer.decode(h.ids) == h.text and h.num_bytes == len(h.text.encode())
+        assert corpus.tokenizer.decode(h.ids) == h.text
+        assert h.num_bytes == len(h.text.encode())
 
 
 def test_report_counts(corpus):
     r = corpus.report
-    assert r.num_read == 31 and r.num_training + r.num_held_out == 30
+    assert r.num_read == 31
+    assert r.num_training + r.num_held_out == 30
     assert [d[2] for d in r.duplicates] == [1.0]
     assert r.training_tokens == corpus.stores[0].tokens.size
     assert r.held_out_bytes == sum(h.num_bytes for h in corpus.held_out)
@@ -92,7 +96,8 @@ def test_a_growing_corpus_moves_no_document_across():
     documents = [Document(str(i), f"text {i}") for i in range(400)]
     small = split(documents, range(100), 0.1)
     large = split(documents, range(400), 0.1)
-    assert set(small[0]) <= set(large[0]) and set(small[1]) <= set(large[1])
+    assert set(small[0]) <= set(large[0])
+    assert set(small[1]) <= set(large[1])
     assert abs(len(large[1]) / 400 - 0.1) < 0.06  # 4 standard deviations
 
 
@@ -101,7 +106,7 @@ def test_neither_half_is_ever_empty():
     for share in (1e-9, 1 - 1e-9):
         training, held_out = split(documents, (0, 1), share)
         assert len(training) == len(held_out) == 1
-    with pytest.raises(UserError, match="hold 1 distinct document"):
+    with pytest.raises(UserError, match=r"hold 1 distinct document"):
         split(documents, (0,), 0.5)
 
 
@@ -112,8 +117,10 @@ def test_cache_is_used_and_an_edited_file_is_a_new_entry(cfg, tmp_path):
     first = prepare(cfg, tmp_path / "c", progress=stages.append)
     built = len(stages)
     second = prepare(cfg, tmp_path / "c", progress=stages.append)
-    assert built > 2 and len(stages) == built + 1  # only "reading"
-    assert second.fingerprint == first.fingerprint and second.report == first.report
+    assert built > 2
+    assert len(stages) == built + 1, "only reading"
+    assert second.fingerprint == first.fingerprint
+    assert second.report == first.report
     np.testing.assert_array_equal(second.stores[0].tokens, first.stores[0].tokens)
     (folder / "m002.py").write_text("x = 1\n")
     assert prepare(cfg, tmp_path / "c").fingerprint != first.fingerprint
@@ -132,8 +139,18 @@ def test_a_damaged_cache_is_rebuilt_with_one_line(cfg, corpus, tmp_path, caplog,
         (entry / victim).write_bytes(content)
     again = prepare(cfg, tmp_path)
     (record,) = caplog.records
-    assert "is damaged" in record.message and "\n" not in record.message
-    assert again.fingerprint == corpus.fingerprint and list(tmp_path.iterdir()) == [entry]
+    assert "is damaged" in record.message
+    assert "\n" not in record.message
+    assert again.fingerprint == corpus.fingerprint
+    assert list(tmp_path.iterdir()) == [entry]
+
+
+def test_the_first_to_publish_wins(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        _publish(tmp_path / name, tmp_path / "entry")
+    assert (tmp_path / "entry" / "file").read_text() == "first"
 
 
 def test_two_processes_may_race(cfg, corpus, tmp_path):
@@ -166,25 +183,21 @@ def test_a_loaded_tokenizer_is_used_and_must_fit(cfg, corpus, tmp_path):
     path.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
     loaded = dataclasses.replace(cfg, tokenizer_path=str(path))
     assert prepare(loaded, tmp_path / "c").fingerprint == corpus.fingerprint
-    with pytest.raises(UserError, match="vocab_size is 300; .* has 400 ids"):
+    with pytest.raises(UserError, match=r"vocab_size is 300; .* has 400 ids"):
         prepare(dataclasses.replace(loaded, vocab_size=300), tmp_path / "c")
     lossy = json.loads(corpus.tokenizer.to_json())
     lossy["normalizer"] = {"type": "Lowercase"}
     lossy["model"]["vocab"].pop("x"), lossy["model"].update(merges=[])
     path.write_text(json.dumps(lossy), encoding="utf-8")
-    with pytest.raises(UserError, match="does not reproduce"):
+    with pytest.raises(UserError, match=r"does not reproduce"):
         prepare(loaded, tmp_path / "c")
 
 
 def test_a_source_of_duplicates_only_is_named(cfg, tmp_path):
-    folder = _write(tmp_path / "s", 3)
-    for path in list(folder.iterdir())[1:]:
-        path.unlink()
-    (only,) = folder.iterdir()
-    only.write_text(next(p for p in pathlib.Path(cfg.sources[0].path).iterdir() if p.name == "m003.py").read_text())
-    both = dataclasses.replace(cfg, sources=(*cfg.sources, Source(str(folder))))
-    with pytest.raises(UserError, match=r"data.sources.[01] \(.*\) has no document left"):
-        prepare(both, tmp_path / "c")
+    both = dataclasses.replace(cfg, sources=cfg.sources * 2)  # the same folder twice: copies of equal names
+    with pytest.raises(UserError, match=r"data.sources.1 \(.*\) has no document left to train on: all 31 are"):
+        prepare(both, tmp_path)
+    assert not list(tmp_path.iterdir())  # nothing half-built is left
 
 
 @pytest.mark.parametrize(
@@ -208,4 +221,5 @@ def test_a_source_of_duplicates_only_is_named(cfg, tmp_path):
 def test_bad_settings_are_one_sentence(cfg, tmp_path, change, said):
     with pytest.raises(UserError) as caught:
         prepare(dataclasses.replace(cfg, **change), tmp_path)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import numpy as np
-from jaxtyping import Float32, Int32
 
-from dsjax.nn.masks import Documents
+from dsjax.nn.masks import Documents, Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -16,14 +14,14 @@ from dsjax.nn.masks import Documents
 class Batch:
     """B rows of T positions; numpy on the host, jax arrays once placed on devices.
 
-    tokens_BT: the input token at each position.
-    targets_BT: the token to predict there. Explicit, so that a row of T tokens trains T positions and so that
+    tokens_BT: int32, the input token at each position.
+    targets_BT: int32, the token to predict there. Explicit, so that a row of T tokens trains T positions and so that
         fine-tuning and RL may set targets of their own.
-    loss_weight_BT: weight of each target in the loss; 0 where there is nothing to learn (padding).
+    loss_weight_BT: float32, weight of each target in the loss; 0 where there is nothing to learn (padding).
     documents: which document each position belongs to (0 = padding) and its place in it.
     """
 
-    tokens_BT: Int32[np.ndarray | jax.Array, "B T"]
-    targets_BT: Int32[np.ndarray | jax.Array, "B T"]
-    loss_weight_BT: Float32[np.ndarray | jax.Array, "B T"]
+    tokens_BT: Leaf
+    targets_BT: Leaf
+    loss_weight_BT: Leaf
     documents: Documents

@@ -26,10 +26,13 @@ from dsjax.config import PositiveFloat, UserError
 STDLIB = "stdlib"
 
 # What a folder yields. A file or a glob that the user names is read whatever its suffix is.
-TEXT_SUFFIXES = frozenset(
-    ".py .pyi .txt .md .rst .tex .json .toml .yaml .yml .ini .cfg .html .css .js .jsx .ts .tsx .c .h .cc .cpp .hpp .cu"
-    " .java .kt .go .rs .rb .php .swift .scala .lua .jl .r .sql .sh .ps1 .hs .ml .lean .v .proto .cmake".split()
-)
+# fmt: off
+TEXT_SUFFIXES = frozenset((
+    ".py", ".pyi", ".txt", ".md", ".rst", ".tex", ".json", ".toml", ".yaml", ".yml", ".ini", ".cfg", ".html", ".css",
+    ".js", ".jsx", ".ts", ".tsx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".kt", ".go", ".rs", ".rb", ".php",
+    ".swift", ".scala", ".lua", ".jl", ".r", ".sql", ".sh", ".ps1", ".hs", ".ml", ".lean", ".v", ".proto", ".cmake",
+))
+# fmt: on
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 # Folders of the standard library that hold tests or other people's code (wheels bundled for pip).
@@ -124,7 +127,8 @@ def _list_files(path: str) -> Iterator[tuple[pathlib.Path, str]]:
     elif root.exists():
         yield root, root.name
     elif glob.has_magic(path):
-        files = sorted(pathlib.Path(p) for p in glob.glob(str(root), recursive=True))
+        # Path.glob takes no absolute pattern.
+        files = sorted(pathlib.Path(p) for p in glob.glob(str(root), recursive=True))  # noqa: PTH207
         yield from ((p, p.as_posix()) for p in files if p.is_file())
     else:
         raise UserError(_missing_path(path, root))
@@ -201,11 +205,8 @@ def _read_jsonl(path: pathlib.Path, name: str, text_key: str) -> list[Document |
 
 
 def _read_parquet(path: pathlib.Path, name: str, text_key: str) -> list[Document | Skipped]:
-    try:  # pyarrow is large and only these files need it
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading parquet needs the package pyarrow, which is not installed") from error
+    import pyarrow.parquet  # large, and only these files need it
+
     try:
         # `partitioning=None`: the file alone decides its columns, not folder names such as `split=train`.
         schema = pyarrow.parquet.read_schema(path)

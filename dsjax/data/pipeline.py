@@ -12,6 +12,7 @@ the closing boundary of each document included, and no position is spent on a ta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -29,55 +30,88 @@ _PREFETCH_THREADS = 2
 _PREFETCH_BATCHES = 8
 
 
-class PackedRows:
-    """Random access to the rows of one source: `rows[i]` is a dict of (T,) arrays, the fields of a `Batch`.
+# Rows that a source is said to have. Past any run's end, and far enough from 2**63 for Grain's arithmetic in floats:
+# `repeat()` without a number says 2**63 - 1, on which `batch(1)` overflows.
+_ENDLESS = 2**48
 
-    The last row is padded, so that no token is lost.
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """One epoch of a source: the order of its documents, where each starts in the stream, the order of the rows."""
+
+    documents: Int64[np.ndarray, " documents"]
+    starts: Int64[np.ndarray, " bounds"]
+    rows: Int64[np.ndarray, " rows"]
+
+
+class PackedRows:
+    """Random access to the rows of one source, epoch after epoch; `rows[i]` is the fields of a `Batch`, (T,) each.
+
+    Every epoch shuffles the documents, cuts their stream into rows and shuffles the rows: each token comes once, and
+    the cuts fall elsewhere than in the epoch before. The last row of the stream is padded, so that no token is lost.
+
+    Attributes:
+        num_rows: rows in an epoch. (`len` is the number of rows on offer, which is endless.)
     """
 
     def __init__(self, store: TokenStore, *, seq_len: int, seed: int, end_id: int):
         self._store = store
         self._seq_len = seq_len
+        self._seed = seed
         self._end_id = end_id
-        self._order = np.random.default_rng(seed).permutation(store.offsets.size - 1)
-        lengths = np.diff(store.offsets)[self._order] + 1  # with the leading boundary
-        self._starts = np.concatenate(([0], np.cumsum(lengths)))  # of each document in the stream
+        self._num_tokens = int(store.tokens.size + store.offsets.size - 1)  # with each document's leading boundary
+        self.num_rows = -(-self._num_tokens // seq_len)
+        # Two, because the threads that read ahead may be in the next epoch already.
+        self._layout = functools.lru_cache(maxsize=2)(self._make_layout)
+
+    def _make_layout(self, epoch: int) -> _Layout:
+        documents = _permutation(self._store.offsets.size - 1, self._seed, epoch, 0)
+        lengths = np.diff(self._store.offsets)[documents] + 1
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        return _Layout(documents, starts, _permutation(self.num_rows, self._seed, epoch, 1))
 
     def __len__(self) -> int:
-        return int(-(-self._starts[-1] // self._seq_len))
+        return _ENDLESS
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        begin = index * self._seq_len
-        window = self._window(begin, begin + self._seq_len + 1)  # one more: the last target
-        tokens = window[:-1]
-        used = min(int(self._starts[-1]) - begin, self._seq_len)
-        return _row(tokens, window[1:], used, self._boundaries(begin, begin + used))
+        epoch, place = divmod(index, self.num_rows)
+        layout = self._layout(epoch)
+        begin = int(layout.rows[place]) * self._seq_len
+        used = min(self._num_tokens - begin, self._seq_len)
+        window = self._window(layout, begin, begin + self._seq_len + 1)  # one more: the last target
+        low, high = np.searchsorted(layout.starts, (begin, begin + used))
+        parts = np.union1d([0], layout.starts[low:high] - begin)
+        return _row(window[:-1], window[1:], used, parts)
 
-    def _boundaries(self, begin: int, end: int) -> np.ndarray:
-        """Offsets in the row at which a part of a document begins; the first is 0."""
-        low, high = np.searchsorted(self._starts, (begin, end))
-        return np.union1d([0], self._starts[low:high] - begin)
-
-    def _window(self, begin: int, end: int) -> np.ndarray:
+    def _window(self, layout: _Layout, begin: int, end: int) -> np.ndarray:
         """Tokens begin .. end of the stream; boundaries beyond its end."""
         window = np.full(end - begin, self._end_id, np.int32)
-        document = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        while document < self._order.size and self._starts[document] < end:
-            source = self._store.offsets[self._order[document]]
-            start = self._starts[document] + 1  # after the boundary, which `window` holds already
-            low, high = max(start, begin), min(self._starts[document + 1], end)
+        first = int(np.searchsorted(layout.starts, begin, side="right")) - 1
+        last = int(np.searchsorted(layout.starts[:-1], end))
+        for place in range(first, last):
+            source = int(self._store.offsets[layout.documents[place]])
+            start = int(layout.starts[place]) + 1  # after the boundary, which `window` holds already
+            low, high = max(start, begin), min(int(layout.starts[place + 1]), end)
             if low < high:
                 window[low - begin : high - begin] = self._store.tokens[source + low - start : source + high - start]
-            document += 1
         return window
 
 
-def _row(tokens_T: np.ndarray, targets_T: np.ndarray, used: int, boundaries: np.ndarray) -> dict[str, np.ndarray]:
-    """A row of which the first `used` positions count, cut into documents at `boundaries` (the first is 0)."""
+def _permutation(size: int, *seed: int) -> np.ndarray:
+    """A permutation of 0 .. size that depends on nothing else, not on versions either.
+
+    NumPy promises stable bits from a bit generator, but not the same `Generator.permutation` in its next release; and
+    Grain's `shuffle` takes 20 ms an index on a data set of two rows (it draws until it hits one of them).
+    """
+    return np.argsort(np.random.Philox(np.random.SeedSequence(seed)).random_raw(size), kind="stable")
+
+
+def _row(tokens_T: np.ndarray, targets_T: np.ndarray, used: int, parts: np.ndarray) -> dict[str, np.ndarray]:
+    """A row of which the first `used` positions count, cut into documents at `parts` (the first is 0)."""
     place_T = np.arange(tokens_T.size, dtype=np.int32)
     real_T = place_T < used
-    part_T = np.searchsorted(boundaries, place_T, side="right")
-    positions_T = place_T - boundaries[part_T - 1]
+    part_T = np.searchsorted(parts, place_T, side="right")
+    positions_T = place_T - parts[part_T - 1]
     return {
         "tokens": tokens_T.astype(np.int32),
         "targets": targets_T.astype(np.int32),
@@ -92,27 +126,19 @@ def _as_batch(rows: dict[str, np.ndarray]) -> Batch:
     return Batch(rows["tokens"], rows["targets"], rows["loss_weight"], documents)
 
 
-def _source_seed(seed: int, number: int, purpose: str) -> int:
-    """An independent seed for each use; consecutive ones would be the same shuffles an epoch apart."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}/{purpose}".encode()).digest()[:4], "little")
-
-
 def mixed_rows(corpus: Corpus, cfg: DataConfig) -> grain.MapDataset[dict[str, np.ndarray]]:
-    """The endless sequence of rows that every host agrees on: each source reshuffled every epoch, mixed by weight.
+    """The endless sequence of rows that every host agrees on: sources mixed by weight, each in its own epochs.
 
-    Of each source, every row appears once before any appears again. Its share of the rows is its share of the
-    weights, to within one in a hundred of itself (Grain mixes by whole numbers).
+    Each source's share of the rows is its share of the weights, to within one in a hundred of itself (Grain mixes by
+    whole numbers), from the start and throughout.
     """
     datasets = []
     for number, store in enumerate(corpus.stores):
-        rows = PackedRows(
-            store,
-            seq_len=cfg.seq_len,
-            seed=_source_seed(cfg.seed, number, "documents"),
-            end_id=corpus.tokenizer.end_id,
-        )
-        shuffled = grain.MapDataset.source(rows).shuffle(seed=_source_seed(cfg.seed, number, "rows"))
-        datasets.append(shuffled.repeat())
+        # Seeds are hashed: with consecutive ones two sources would use the same shuffles.
+        digest = hashlib.sha256(f"{cfg.seed}/{number}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little")
+        rows = PackedRows(store, seq_len=cfg.seq_len, seed=seed, end_id=corpus.tokenizer.end_id)
+        datasets.append(grain.MapDataset.source(rows))
     return grain.MapDataset.mix(datasets, [source.weight for source in cfg.sources])
 
 

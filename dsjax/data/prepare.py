@@ -85,7 +85,7 @@ class TokenStore:
     """The training documents of one source: document d is tokens[offsets[d] : offsets[d + 1]], without boundaries."""
 
     tokens: Integer[np.ndarray, " N"]
-    offsets: Int64[np.ndarray, " documents+1"]
+    offsets: Int64[np.ndarray, " bounds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Corpus:
     fingerprint: str
     report: CorpusReport
 
-    def training_documents(self) -> tuple[Integer[np.ndarray, " N"], Int64[np.ndarray, " documents+1"]]:
+    def training_documents(self) -> tuple[Integer[np.ndarray, " N"], Int64[np.ndarray, " bounds"]]:
         """Tokens and offsets of all training documents, source after source."""
         lengths = np.concatenate([np.diff(s.offsets) for s in self.stores])
         return np.concatenate([s.tokens for s in self.stores]), _offsets(lengths)
@@ -342,7 +342,7 @@ def _beside(folder: pathlib.Path, state: str) -> pathlib.Path:
 def _publish(building: pathlib.Path, folder: pathlib.Path) -> None:
     """Renames a finished entry into place; whoever else was first with the same contents wins."""
     try:
-        os.rename(building, folder)
+        building.rename(folder)
     except OSError:
         if not folder.is_dir():  # else: another process was faster, and a folder that holds files is not replaced
             raise
@@ -358,7 +358,7 @@ def _load(folder: pathlib.Path, cfg: DataConfig) -> Corpus | None:
         _log.warning("data cache %s is damaged (%s); it is built again", folder, error)
         aside = _beside(folder, "damaged")
         with contextlib.suppress(FileNotFoundError):  # another process may have done the same
-            os.rename(folder, aside)
+            folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
         return None
 

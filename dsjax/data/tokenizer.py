@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int, Int32
+from jaxtyping import Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsjax.config import UserError
@@ -73,7 +73,7 @@ class Tokenizer:
             first = last
         return ids
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " T"], *, skip_special: bool = True) -> str:
         """The text of ids; bytes that form no UTF-8 (a cut character) become U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 

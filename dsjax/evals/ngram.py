@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float64, Int, Integer
+from jaxtyping import Float64, Integer
 
 _SAFE_DISCOUNTS = (0.5, 1.0, 1.5)  # for corpora too small for counts of counts
 
@@ -62,7 +62,7 @@ class KneserNey:
     def fit(
         cls,
         tokens: Integer[np.ndarray, " N"],
-        offsets: Int[np.ndarray, " documents+1"],
+        offsets: Integer[np.ndarray, " bounds"],
         *,
         order: int = 5,
         vocab_size: int,
@@ -217,9 +217,9 @@ def _discounts(counts: np.ndarray) -> tuple[float, float, float]:
     if (n == 0).any():
         return _SAFE_DISCOUNTS
     y = n[0] / (n[0] + 2 * n[1])
-    found = tuple(float(j - (j + 1) * y * n[j] / n[j - 1]) for j in (1, 2, 3))
+    d1, d2, d3 = (float(j - (j + 1) * y * n[j] / n[j - 1]) for j in (1, 2, 3))
     # Outside (0, j] a discount would leave nothing for unseen tokens, or take more than there is.
-    return found if all(0 < d <= j for j, d in enumerate(found, start=1)) else _SAFE_DISCOUNTS
+    return (d1, d2, d3) if 0 < d1 <= 1 and 0 < d2 <= 2 and 0 < d3 <= 3 else _SAFE_DISCOUNTS
 
 
 def _taken(counts: np.ndarray, discounts: tuple[float, float, float]) -> np.ndarray:

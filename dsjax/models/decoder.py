@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.nn.attention import Attention, AttentionConfig
 from dsjax.nn.cache import Cache, LayerCache
-from dsjax.nn.masks import Documents
+from dsjax.nn.masks import Documents, Leaf
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.nn.norm import RMSNorm
@@ -143,10 +143,10 @@ class DecoderOutput:
         losses: auxiliary losses by name, already weighted.
     """
 
-    hidden_BTD: Float[Array, "B T D"]
+    hidden_BTD: Leaf
     cache: Cache | None
     router: dict[str, RouterStats]
-    losses: dict[str, Float[Array, ""]]
+    losses: dict[str, Leaf]
 
 
 class Block(nnx.Module):

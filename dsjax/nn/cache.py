@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsjax.nn.masks import Leaf
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
     """Keys and values of one layer (a group of layers: one more leading dimension), S slots a row."""
 
-    k_BSKH: Float[Array, "*L B S K H"]
-    v_BSKH: Float[Array, "*L B S K H"]
+    k_BSKH: Leaf
+    v_BSKH: Leaf
 
     @classmethod
     def empty(cls, num_layers: int, batch: int, slots: int, num_kv_heads: int, head_dim: int, dtype) -> LayerCache:
@@ -42,5 +44,5 @@ class Cache:
     """
 
     groups: tuple[LayerCache, ...]
-    lengths_B: Int[Array, "B"]
-    recent_BC: Int[Array, "B C"]
+    lengths_B: Leaf
+    recent_BC: Leaf

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+
+# A field of a dataclass that is a pytree: an array, or whatever stands for one in a mapped tree (its shape, its
+# sharding). So the field's name tells the shape, and run-time checks are made where arrays enter functions.
+Leaf = Any
 
 
 @jax.tree_util.register_dataclass
@@ -19,8 +25,8 @@ class Documents:
         positions_BT: position within the document (or within its part of the row), from 0.
     """
 
-    ids_BT: Int[Array, "B T"]
-    positions_BT: Int[Array, "B T"]
+    ids_BT: Leaf
+    positions_BT: Leaf
 
     @classmethod
     def single(cls, tokens_BT: Int[Array, "B T"]) -> Documents:

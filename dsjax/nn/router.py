@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsjax.nn.masks import Leaf
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +23,10 @@ class RouterStats:
         z_loss: mean squared log-sum-exp of the logits (Zoph et al. 2022).
     """
 
-    load_E: Float[Array, "*L E"]
-    entropy: Float[Array, "*L"]
-    balance_loss: Float[Array, "*L"]
-    z_loss: Float[Array, "*L"]
+    load_E: Leaf
+    entropy: Leaf
+    balance_loss: Leaf
+    z_loss: Leaf
 
 
 def route(

@@ -89,13 +89,13 @@ def make_model(config: Pretrain, rngs: nnx.Rngs) -> Decoder:
     return Decoder(config.model, config.compute, rngs=rngs)
 
 
-def build(config: Pretrain) -> tuple[Any, Trainer]:
-    """The mesh and the step functions of a config; nothing is computed.
+def build(config: Pretrain, devices: list[Any] | None = None) -> tuple[Any, Trainer]:
+    """The mesh over ``devices`` (None: all) and the step functions of a config; nothing is computed.
 
     Raises:
         UserError: the mesh does not fit the devices, the batch or the model.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     rules = Rules()
     micro, rows = config.data.batch_size // config.train.accumulate, 1
     for axis in rules.batch:

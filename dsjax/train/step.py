@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
+from dsjax.nn.masks import Leaf
 from dsjax.sharding import Rules, logical_axes, replicated, shardings, use_mesh
 from dsjax.train.losses import cross_entropy
 from dsjax.train.optimizer import OptimConfig, learning_rate, make_optimizer
@@ -36,10 +37,10 @@ class TrainState:
         rng: key data; every applied step splits it.
     """
 
-    step: Int[Array, ""]
+    step: Leaf
     params: Any
     opt_state: Any
-    rng: UInt32[Array, "..."]
+    rng: Leaf
 
 
 def next_token_loss(
@@ -167,7 +168,7 @@ def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):
         grads, metrics = _accumulated(gradient, accumulate, state.params, batch, key)
 
     lr_share = learning_rate(optim, state.step, total_steps)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
     def update(_: None) -> TrainState:

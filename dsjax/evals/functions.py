@@ -1,0 +1,101 @@
+"""Function bodies: cut from held-out Python files, sampled by a model, counted when they parse."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import textwrap
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from dsjax.data.prepare import HeldOut
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionPrompt:
+    """A place where a function's body is to be written.
+
+    Attributes:
+        name: file and function.
+        context: the file up to and including the function's signature and docstring.
+        head: signature and docstring alone.
+        indent: columns that ``def`` is indented by.
+        body: what the file has there.
+    """
+
+    name: str
+    context: str
+    head: str
+    indent: int
+    body: str
+
+
+def function_prompts(documents: Sequence[HeldOut], limit: int, seed: int = 0) -> list[FunctionPrompt]:
+    """Up to ``limit`` functions of held-out Python files, in a seeded random order; one-line bodies are left out."""
+    found: list[FunctionPrompt] = []
+    for document in documents:
+        tree = _parse(document.text)
+        if tree is None:
+            continue
+        lines = document.text.splitlines(keepends=True)
+        for node in ast.walk(tree):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            first = node.body[0]
+            documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            begins = node.body[1] if documented and len(node.body) > 1 else first
+            if begins.lineno == node.lineno or (documented and len(node.body) == 1):
+                continue
+            start, body = node.lineno - 1, begins.lineno - 1 - len(getattr(begins, "decorator_list", []))
+            found.append(
+                FunctionPrompt(
+                    name=f"{document.name}:{node.name}",
+                    context="".join(lines[:body]),
+                    head="".join(lines[start:body]),
+                    indent=node.col_offset,
+                    body="".join(lines[body : node.end_lineno]),
+                )
+            )
+    order = np.random.default_rng(seed).permutation(len(found))[:limit]
+    return [found[i] for i in order]
+
+
+def cut_body(text: str, indent: int, *, ended: bool) -> tuple[str, bool]:
+    """The body at the front of a continuation, and whether it is finished.
+
+    A body ends before the first line that is not empty and indented no deeper than ``def``; ``ended`` says that the
+    text stopped by itself. An unfinished body loses its last line, which may be cut.
+    """
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        content = line.strip()
+        complete = line.endswith(("\n", "\r")) or number + 1 < len(lines) or ended
+        if content and not content.startswith("#") and complete and len(line) - len(line.lstrip()) <= indent:
+            return "".join(lines[:number]), True
+    return ("".join(lines), True) if ended else ("".join(lines[:-1]), False)
+
+
+def parses(prompt: FunctionPrompt, body: str) -> bool:
+    """Whether signature and body together are a valid function with at least one statement in the body."""
+    tree = _parse(textwrap.dedent(" " * prompt.indent + prompt.head.lstrip() + body))
+    if tree is None or len(tree.body) != 1 or not isinstance(tree.body[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return False
+    return bool(body.strip())
+
+
+def _parse(text: str) -> ast.Module | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in sampled strings
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    z, p = 1.959964, successes / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
