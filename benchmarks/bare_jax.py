@@ -4,7 +4,7 @@ Straightforward but good: fused projections as 2-D matmuls, one whole-batch atte
 materialised causal-and-documents mask, a log-sum-exp by hand, an unrolled loop over layers,
 optax's AdamW. No custom gradient and no framework.
 
-    python -m benchmarks.timing worker bare_jax dense        # one contender's figures as a JSON line
+    python -m benchmarks.timing compare dense bare_jax
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.specs import SPECS, Spec, make_batch
+from benchmarks.timing import SPECS, Spec, make_batch
 
 
 def init_params(key: jax.Array, spec: Spec) -> dict:

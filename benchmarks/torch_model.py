@@ -3,7 +3,7 @@
 The MoE layer is Hugging Face's: a loop over the experts that gathers each one's tokens and adds
 their outputs back with ``index_add_``. ``compile=True`` runs the model through ``torch.compile``.
 
-    python -m benchmarks.timing worker torch dense        # one contender's figures as a JSON line
+    python -m benchmarks.timing compare dense torch torch_compile
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.specs import SPECS, Spec, make_batch
+from benchmarks.timing import SPECS, Spec, make_batch
 
 
 def rope(x_BNTH: torch.Tensor, cos_TH: torch.Tensor, sin_TH: torch.Tensor) -> torch.Tensor:
@@ -150,3 +150,7 @@ def make(name: str, *, compile: bool = False, documents: bool = False) -> tuple[
                 for k, v in make_batch(spec, seed).items()}  # fmt: skip
 
     return (model, optimizer), step, batch
+
+
+def make_compiled(name: str) -> tuple[Any, Callable, Callable]:
+    return make(name, compile=True)

@@ -82,8 +82,12 @@ class Rules:
     head_dim: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
     expert: tuple[str, ...] = ("expert",)
-    gate_up: tuple[str, ...] = ()
+    buckets: tuple[str, ...] = ("fsdp",)
+    taps: tuple[str, ...] = ()
+    lengths: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
+    orders: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
     # activations
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
@@ -148,6 +152,7 @@ def param(
     axes: tuple[str, ...],
     *,
     fan_in: int | None = None,
+    scale: float = 1.0,
     value: float | None = None,
 ) -> nnx.Param:
     """A float32 weight: normal with variance ``1 / fan_in``, or filled with ``value``.
@@ -157,13 +162,14 @@ def param(
         shape: dimensions.
         axes: one logical axis for each dimension, as in :class:`Rules`.
         fan_in: number of inputs summed into each output.
+        scale: factor on the standard deviation.
         value: constant to fill with instead (norm scales, zero-initialised projections).
     """
     assert len(shape) == len(axes), (shape, axes)
     if value is not None:
         return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
     assert fan_in is not None
-    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5, axes=axes)
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * (scale * fan_in**-0.5), axes=axes)
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -24,7 +24,7 @@ def _nats(graph: Any, mesh: Any, params: Any, tokens_BT, targets_BT, ids_BT, pos
     with use_mesh(mesh):
         model = nnx.merge(graph, params)
         out = model(tokens_BT, Documents(ids_BT, positions_BT))
-        return token_losses(out.hidden_BTD, model.output_weights(), targets_BT)
+        return token_losses(out.hidden_BTD, model.output_weights(), targets_BT, out.copy)
 
 
 def document_bits(

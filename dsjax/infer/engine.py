@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,8 +31,9 @@ def prefill(
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     out = model(tokens_BT, Documents(ids_BT, positions_BT), cache=model.empty_cache(tokens_BT.shape[0], slots))
     last_B = out.cache.lengths_B - 1
-    hidden_B1D = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)
-    return model.logits(hidden_B1D)[:, 0], out.cache
+    last = jax.tree.map(lambda x: x[jnp.arange(len(x)), last_B][:, None], (out.hidden_BTD, out.copy))
+    logits_B1V = model.logits(dataclasses.replace(out, hidden_BTD=last[0], copy=last[1]))
+    return logits_B1V[:, 0], out.cache
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling", "steps"), donate_argnames=("cache",))
@@ -52,7 +54,7 @@ def decode(
         logits_BV, cache = carry
         token_B = sample(logits_BV, key, sampling)
         out = model(token_B[:, None], cache=cache)
-        return (model.logits(out.hidden_BTD)[:, 0], out.cache), token_B
+        return (model.logits(out)[:, 0], out.cache), token_B
 
     (logits_BV, cache), tokens_SB = jax.lax.scan(one, (logits_BV, cache), jax.random.split(key, steps))
     return tokens_SB.T, logits_BV, cache

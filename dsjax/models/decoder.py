@@ -7,17 +7,18 @@ shapes, so their weights are stacked and the group runs as one `jax.lax.scan`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.nn.attention import Attention, AttentionConfig
-from dsjax.nn.cache import Cache, LayerCache
+from dsjax.nn.cache import Cache, LayerCache, append
+from dsjax.nn.history import Copy, CopyConfig, CopyHead, History, NgramConfig, NgramEmbedding, longest_match
 from dsjax.nn.masks import Documents, Leaf
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
@@ -47,6 +48,8 @@ class DecoderConfig:
         groups: the layer groups, first to last.
         tied: the output matrix is the embedding, transposed.
         norm_eps: added to the mean square in every RMSNorm.
+        ngram: hashed n-gram embeddings at the input, or none.
+        copy: the continuation of the longest match, at input and output, or none.
     """
 
     vocab_size: PositiveInt = 4096
@@ -55,6 +58,8 @@ class DecoderConfig:
     groups: tuple[LayerGroup, ...] = (LayerGroup(),)
     tied: bool = False
     norm_eps: PositiveFloat = 1e-6
+    ngram: NgramConfig | None = None
+    copy: CopyConfig | None = None
 
     def validate(self) -> None:
         if not self.groups:
@@ -77,20 +82,25 @@ class DecoderConfig:
         rest = self.num_layers - fixed
         return tuple(g if g.num_layers else dataclasses.replace(g, num_layers=rest) for g in self.groups)
 
-    def _layer_params(self, active: bool) -> int:
-        total = 0
+    def _num_params(self, active: bool) -> int:
+        V, D = self.vocab_size, self.d_model
+        total = (1 if self.tied else 2) * V * D + D
         for group in self.resolved_groups():
-            ffn = group.ffn.num_active_params(self.d_model) if active else group.ffn.num_params(self.d_model)
-            total += group.num_layers * (group.attention.num_params(self.d_model) + ffn + 2 * self.d_model)
-        return total + self.d_model
+            ffn = group.ffn.num_active_params(D) if active else group.ffn.num_params(D)
+            total += group.num_layers * (group.attention.num_params(D) + ffn + 2 * D)
+        if self.ngram is not None:
+            total += self.ngram.num_params(D)
+        if self.copy is not None:
+            total += self.copy.num_params(V, D)
+        return total
 
     def num_params(self) -> int:
         """Parameters in all."""
-        return self._layer_params(active=False) + (1 if self.tied else 2) * self.vocab_size * self.d_model
+        return self._num_params(active=False)
 
     def num_active_params(self) -> int:
-        """Parameters that one token uses: all but the experts that it does not visit."""
-        return self._layer_params(active=True) + (1 if self.tied else 2) * self.vocab_size * self.d_model
+        """Parameters that one token can use: all but the experts that it does not visit (look-up tables count whole)."""
+        return self._num_params(active=True)
 
     def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
         """FLOPs of one token's matmuls, at full documents of ``seq_len``.
@@ -98,12 +108,13 @@ class DecoderConfig:
         Two for each weight of a matmul (an embedding look-up is none), and four for each channel of each
         (query, visible key) pair: QK and PV; a training step does three times the forward work (no remat counted).
         """
-        weights, pairs = self.vocab_size * self.d_model, 0.0
+        D, pairs = self.d_model, 0.0
+        weights = self.vocab_size * D
+        if self.ngram is not None:
+            weights += len(self.ngram.sizes) * self.ngram.d_table * D
         for group in self.resolved_groups():
             attention = group.attention
-            weights += group.num_layers * (
-                attention.num_params(self.d_model) + group.ffn.num_active_params(self.d_model)
-            )
+            weights += group.num_layers * (attention.num_matmul_params(D) + group.ffn.num_active_params(D))
             visible = attention.visible_positions(seq_len)
             pairs += group.num_layers * attention.num_heads * attention.head_dim * visible
         return (3 if training else 1) * (2 * weights + 4 * pairs)
@@ -121,13 +132,13 @@ class ComputeConfig:
     Attributes:
         dtype: of matmuls and activations; weights, norms, softmax and loss stay float32.
         remat: what the backward pass recomputes: nothing, everything but matmul outputs, or everything.
-        unroll: layers of a group in one scan step; 0: all of them (faster on CPU, longer to compile).
+        unroll: write the layers of a group out instead of scanning over them: faster on CPU, longer to compile.
         loss_chunk: positions T whose logits exist at a time; 0: all.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    unroll: NonNegativeInt = 1
+    unroll: bool = False
     loss_chunk: NonNegativeInt = 0
 
 
@@ -141,12 +152,14 @@ class DecoderOutput:
         cache: advanced by T positions; None without one.
         router: RouterStats of each group of experts, by group name, stacked over its layers.
         losses: auxiliary losses by name, already weighted.
+        copy: a bonus on one logit of each position, or none.
     """
 
     hidden_BTD: Leaf
     cache: Cache | None
     router: dict[str, RouterStats]
     losses: dict[str, Leaf]
+    copy: Copy | None
 
 
 class Block(nnx.Module):
@@ -154,15 +167,22 @@ class Block(nnx.Module):
 
     def __init__(self, group: LayerGroup, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, rngs=rngs)
-        self.attention = Attention(group.attention, cfg.d_model, rngs=rngs)
+        # Each layer adds twice to the residual stream; so its variance does not grow with depth (GPT-2).
+        out_scale = (2 * cfg.num_layers) ** -0.5
+        self.attention = Attention(group.attention, cfg.d_model, out_scale=out_scale, rngs=rngs)
         self.ffn_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, rngs=rngs)
-        self.ffn = group.ffn.make(cfg.d_model, rngs=rngs)
+        self.ffn = group.ffn.make(cfg.d_model, out_scale=out_scale, rngs=rngs)
         self.is_moe = isinstance(group.ffn, MoEConfig)
 
-    def __call__(self, x_BTD, *, documents, rope, cache=None, lengths_B=None):
+    def __call__(self, x_BTD, *, documents, positions_BT, rope, cache=None, lengths_B=None):
         with jax.named_scope("attention"):
             y_BTD, cache = self.attention(
-                self.attention_norm(x_BTD), documents=documents, rope=rope, cache=cache, lengths_B=lengths_B
+                self.attention_norm(x_BTD),
+                documents=documents,
+                positions_BT=positions_BT,
+                rope=rope,
+                cache=cache,
+                lengths_B=lengths_B,
             )
             x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
         with jax.named_scope("ffn"):
@@ -188,13 +208,18 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: DecoderConfig, compute: ComputeConfig = ComputeConfig(), *, rngs: nnx.Rngs):
         self.cfg, self.compute = cfg, compute
         V, D = cfg.vocab_size, cfg.d_model
-        self.embedding = param(rngs, (V, D), ("vocab", "embed"), fan_in=D)
+        # A tied embedding must give logits near 1, another one a residual stream that the layers can move.
+        self.embedding = param(rngs, (V, D), ("vocab", "embed"), fan_in=D if cfg.tied else 4)
+        if cfg.ngram is not None:
+            self.ngram = NgramEmbedding(cfg.ngram, D, rngs=rngs)
+        if cfg.copy is not None:
+            self.copy = CopyHead(cfg.copy, V, D, rngs=rngs)
         for index, group in enumerate(cfg.resolved_groups()):
             make = lambda rngs, group=group: Block(group, cfg, rngs=rngs)  # noqa: E731
             setattr(self, f"group_{index}", stack_layers(make, group.num_layers, rngs))
         self.final_norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
         if not cfg.tied:
-            self.w_logits = param(rngs, (V, D), ("vocab", "embed"), fan_in=D)
+            self.w_logits = param(rngs, (D, V), ("embed", "vocab"), fan_in=D)
 
     def __call__(
         self, tokens_BT: Int[Array, "B T"], documents: Documents | None = None, *, cache: Cache | None = None
@@ -204,49 +229,60 @@ class Decoder(nnx.Module):
         With a cache, padding (document id 0) must stand at the end of a row; it is not counted in the lengths.
         """
         documents = Documents.single(tokens_BT) if documents is None else documents
-        groups, attention = self.cfg.resolved_groups(), self.cfg.groups[0].attention
-        positions_BT = documents.positions_BT
-        if cache is not None:
-            positions_BT = cache.lengths_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        rope = rope_angles(positions_BT, attention.head_dim, attention.rope_theta)
+        history, cache = _history(tokens_BT, documents, cache)
+        attention = self.cfg.groups[0].attention
+        rope = rope_angles(history.positions_BT, attention.head_dim, attention.rope_theta)
         with jax.named_scope("embed"):
-            x_BTD = self.embedding[...][tokens_BT].astype(self.compute.dtype)
-            x_BTD = shard(x_BTD, "batch", "length", None)
+            x_BTD = self.embedding[...][tokens_BT]
+            if self.cfg.ngram is not None:
+                x_BTD = x_BTD + self.ngram(history, self.compute.dtype)
+            if self.cfg.copy is not None:
+                match = longest_match(history, self.cfg.copy.max_match)
+                x_BTD = x_BTD + self.copy.embed(*match)
+            x_BTD = shard(x_BTD.astype(self.compute.dtype), "batch", "length", None)
 
         caches, router = [], {}
-        for index, group in enumerate(groups):
+        for index, group in enumerate(self.cfg.resolved_groups()):
             with jax.named_scope(f"group_{index}"):
-                x_BTD, layer_cache, stats = self._run_group(index, group, x_BTD, documents, rope, cache)
+                x_BTD, layer_cache, stats = self._run_group(index, group, x_BTD, documents, history, rope, cache)
             caches.append(layer_cache)
             if stats is not None:
                 router[f"group_{index}"] = stats
         if cache is not None:
             new_B = jnp.sum(documents.ids_BT > 0, axis=1, dtype=jnp.int32)
-            cache = Cache(tuple(caches), cache.lengths_B + new_B, cache.recent_BC)
+            cache = Cache(tuple(caches), cache.lengths_B + new_B, cache.tokens_BS)
         hidden_BTD = self.final_norm(x_BTD)
-        return DecoderOutput(hidden_BTD, cache, router, self._auxiliary_losses(groups, router))
+        copy = self.copy.bonus(hidden_BTD, *match) if self.cfg.copy is not None else None
+        return DecoderOutput(hidden_BTD, cache, router, self._auxiliary_losses(router), copy)
 
-    def _run_group(self, index, group, x_BTD, documents, rope, cache):
+    def _run_group(self, index, group, x_BTD, documents, history, rope, cache):
         graph, weights = nnx.split(getattr(self, f"group_{index}"))
+        lengths_B = None if cache is None else cache.lengths_B
 
         def layer(x_BTD, scanned):
             weights, layer_cache = scanned
-            lengths_B = None if cache is None else cache.lengths_B
             x_BTD, layer_cache, stats = nnx.merge(graph, weights)(
-                x_BTD, documents=documents, rope=rope, cache=layer_cache, lengths_B=lengths_B
+                x_BTD,
+                documents=documents,
+                positions_BT=history.positions_BT,
+                rope=rope,
+                cache=layer_cache,
+                lengths_B=lengths_B,
             )
             return x_BTD, (layer_cache, stats)
 
         if self.compute.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT[self.compute.remat], prevent_cse=False)
-        scanned = (nnx.to_pure_dict(weights), None if cache is None else cache.groups[index])
-        x_BTD, (layer_cache, stats) = jax.lax.scan(
-            layer, x_BTD, scanned, unroll=self.compute.unroll or group.num_layers
-        )
+        layers = (nnx.to_pure_dict(weights), None if cache is None else cache.groups[index])
+        if self.compute.unroll:
+            x_BTD, (layer_cache, stats) = _unrolled(layer, x_BTD, layers, group.num_layers)
+        else:
+            x_BTD, (layer_cache, stats) = jax.lax.scan(layer, x_BTD, layers)
         return x_BTD, layer_cache, stats
 
-    def _auxiliary_losses(self, groups, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
+    def _auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
         losses: dict[str, Any] = {}
+        groups = self.cfg.resolved_groups()
         for name, stats in router.items():
             ffn = groups[int(name.removeprefix("group_"))].ffn
             terms = (("balance", ffn.balance_coef, stats.balance_loss), ("router_z", ffn.z_coef, stats.z_loss))
@@ -255,22 +291,62 @@ class Decoder(nnx.Module):
                     losses[loss] = losses.get(loss, 0.0) + coef * jnp.mean(value_L)
         return losses
 
-    def output_weights(self) -> Float[Array, "V D"]:
+    def output_weights(self) -> Float[Array, "D V"]:
         """The matrix that turns hidden states into logits."""
-        return self.embedding[...] if self.cfg.tied else self.w_logits[...]
+        return self.embedding[...].T if self.cfg.tied else self.w_logits[...]
 
-    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def logits(self, out: DecoderOutput) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
-        w_VD = self.output_weights().astype(hidden_BTD.dtype)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, w_VD).astype(jnp.float32)
+        w_DV = self.output_weights().astype(out.hidden_BTD.dtype)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", out.hidden_BTD, w_DV).astype(jnp.float32)
+        if out.copy is not None:
+            chosen_BTV = jnp.arange(w_DV.shape[1]) == out.copy.token_BT[..., None]
+            logits_BTV = logits_BTV + jnp.where(chosen_BTV, out.copy.bonus_BT[..., None], 0)
         return shard(logits_BTV, "batch", "length", "vocab")
 
     def empty_cache(self, batch: int, slots: int, dtype: Any = None) -> Cache:
         """A cache for ``batch`` sequences of up to ``slots`` positions."""
-        groups = tuple(
-            LayerCache.empty(
-                g.num_layers, batch, slots, g.attention.num_kv_heads, g.attention.head_dim, dtype or self.compute.dtype
-            )
-            for g in self.cfg.resolved_groups()
-        )
-        return Cache(groups, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 0), jnp.int32))
+        dtype = dtype or self.compute.dtype
+        groups = []
+        for g in self.cfg.resolved_groups():
+            a = g.attention
+            kv = jnp.zeros((g.num_layers, batch, slots, a.num_kv_heads, a.head_dim), dtype)
+            conv = jnp.zeros((g.num_layers, batch, max(a.conv_taps - 1, 0), self.cfg.d_model), dtype)
+            groups.append(LayerCache(kv, kv, conv))
+        return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32))
+
+
+def _history(
+    tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | None
+) -> tuple[History, Cache | None]:
+    """What is known of the tokens at and before the positions at hand; the cache with their tokens written."""
+    steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    if cache is None:
+        slots_BT = jnp.broadcast_to(steps_T, tokens_BT.shape)
+        starts_BS = slots_BT - documents.positions_BT
+        return History(tokens_BT, slots_BT, documents.positions_BT, starts_BS), None
+    tokens_BS = append(cache.tokens_BS, tokens_BT, cache.lengths_B)
+    slots_BT = cache.lengths_B[:, None] + steps_T  # a cached row is one document
+    cache = dataclasses.replace(cache, tokens_BS=tokens_BS)
+    return History(tokens_BS, slots_BT, slots_BT, jnp.zeros_like(tokens_BS)), cache
+
+
+def _unrolled(layer: Any, x: Any, stacked: Any, num_layers: int) -> tuple[Any, Any]:
+    """`jax.lax.scan` of ``layer`` written out: one program for each layer, its weights cut from the stack once."""
+    outputs = []
+    for weights in _unstack(stacked, num_layers):
+        x, y = layer(x, weights)
+        outputs.append(y)
+    return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _unstack(stacked: Any, num_layers: int) -> tuple[Any, ...]:
+    """The layers of a stack; its gradient is one stack instead of a sum of padded slices."""
+    return tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers))
+
+
+_unstack.defvjp(
+    lambda stacked, num_layers: (_unstack(stacked, num_layers), None),
+    lambda num_layers, _, layers: (jax.tree.map(lambda *xs: jnp.stack(xs), *layers),),
+)

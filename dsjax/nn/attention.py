@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import PositiveFloat, PositiveInt, UserError
-from dsjax.nn.cache import LayerCache
+from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from dsjax.nn.cache import LayerCache, append
+from dsjax.nn.history import ShortConv
+from dsjax.nn.linear import project
 from dsjax.nn.masks import Documents
-from dsjax.nn.norm import rms_normalize
+from dsjax.nn.norm import RMSNorm
 from dsjax.nn.rope import apply_rope
 from dsjax.sharding import map_shards, param
 from pallas_kernels.causal_attention import causal_attention
@@ -27,8 +29,9 @@ class AttentionConfig:
         num_kv_heads: key/value heads K; each serves N / K query heads.
         head_dim: width of a head, even.
         rope_theta: base of the rotary frequencies.
-        qk_norm: normalise queries and keys by their root mean square (no learned scale).
+        qk_norm: RMSNorm of queries and keys over the head.
         window: a query sees this many last positions; none: all of its document.
+        conv_taps: positions that a short convolution on the layer's input spans; 0: no convolution.
     """
 
     num_heads: PositiveInt = 4
@@ -37,6 +40,7 @@ class AttentionConfig:
     rope_theta: PositiveFloat = 10_000.0
     qk_norm: bool = False
     window: PositiveInt | None = None
+    conv_taps: NonNegativeInt = 0
 
     def validate(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -45,6 +49,9 @@ class AttentionConfig:
             raise UserError(f"head_dim is {self.head_dim}; it must be even (rotary pairs)")
 
     def num_params(self, d_model: int) -> int:
+        return self.num_matmul_params(d_model) + 2 * self.head_dim * self.qk_norm + self.conv_taps * d_model
+
+    def num_matmul_params(self, d_model: int) -> int:
         return d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
 
     def visible_positions(self, seq_len: int) -> float:
@@ -54,40 +61,50 @@ class AttentionConfig:
 
 
 class Attention(nnx.Module):
-    """Queries, keys and values of one key/value head lie side by side in one fused weight.
+    """Grouped-query attention; query heads are stored by the key/value head that they share, (K, G)."""
 
-    ``w_qkv`` is (D, K, G + 2, H): for each key/value head its G query heads, then key, then value. So the
-    projection is a single matmul and still splits over ``tensor`` by key/value heads.
-    """
-
-    def __init__(self, cfg: AttentionConfig, d_model: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: AttentionConfig, d_model: int, *, out_scale: float = 1.0, rngs: nnx.Rngs):
         D, K, G, H = d_model, cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_dim
         self.cfg = cfg
-        self.w_qkv = param(rngs, (D, K, G + 2, H), ("embed", "kv_heads", "heads_per_kv", "head_dim"), fan_in=D)
-        self.w_out = param(rngs, (K, G, H, D), ("kv_heads", "heads_per_kv", "head_dim", "embed"), fan_in=K * G * H)
+        self.w_q = param(rngs, (D, K, G, H), ("embed", "kv_heads", "heads_per_kv", "head_dim"), fan_in=D)
+        self.w_k = param(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), fan_in=D)
+        self.w_v = param(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), fan_in=D)
+        self.w_out = param(
+            rngs, (K, G, H, D), ("kv_heads", "heads_per_kv", "head_dim", "embed"), fan_in=K * G * H, scale=out_scale
+        )
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(H, eps=1e-6, rngs=rngs), RMSNorm(H, eps=1e-6, rngs=rngs)
+        if cfg.conv_taps:
+            self.conv = ShortConv(cfg.conv_taps, D, rngs=rngs)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         *,
         documents: Documents,
+        positions_BT: Int[Array, "B T"],
         rope: tuple[Float[Array, "B T h"], ...],
         cache: LayerCache | None = None,
         lengths_B: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        qkv_BTKCH = jnp.einsum("BTD,DKCH->BTKCH", x_BTD, self.w_qkv[...].astype(x_BTD.dtype))
-        G = qkv_BTKCH.shape[3] - 2
-        q_BTKGH, k_BTKH, v_BTKH = qkv_BTKCH[..., :G, :], qkv_BTKCH[..., G, :], qkv_BTKCH[..., G + 1, :]
+        conv_BCD = cache.conv_BCD if cache is not None else None
+        if self.cfg.conv_taps:
+            raw_BTD, x_BTD = x_BTD, self.conv(x_BTD, positions_BT, conv_BCD)
+            if cache is not None:
+                conv_BCD = last_inputs(conv_BCD, raw_BTD, jnp.sum(documents.ids_BT > 0, axis=1))
+        q_BTKGH, k_BTKH, v_BTKH = (project(x_BTD, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         if self.cfg.qk_norm:
-            q_BTKGH, k_BTKH = rms_normalize(q_BTKGH, 1e-6), rms_normalize(k_BTKH, 1e-6)
+            q_BTKGH, k_BTKH = self.q_norm(q_BTKGH), self.k_norm(k_BTKH)
         q_BTKGH, k_BTKH = apply_rope(q_BTKGH, rope), apply_rope(k_BTKH, rope)
         if cache is None:
             out_BTKGH = self._train(q_BTKGH, k_BTKH, v_BTKH, documents)
         else:
             assert lengths_B is not None
-            cache = cache.append(k_BTKH, v_BTKH, lengths_B)
+            cache = LayerCache(
+                append(cache.k_BSKH, k_BTKH, lengths_B), append(cache.v_BSKH, v_BTKH, lengths_B), conv_BCD
+            )
             out_BTKGH = cached_attention(q_BTKGH, cache, lengths_B, self.cfg.window)
-        return jnp.einsum("BTKGH,KGHD->BTD", out_BTKGH, self.w_out[...].astype(x_BTD.dtype)), cache
+        return project(out_BTKGH, self.w_out[...], num_inputs=3), cache
 
     def _train(self, q_BTKGH, k_BTKH, v_BTKH, documents: Documents):
         """Whole rows at once; each device attends for its own rows and heads, over the keys of the whole row."""
@@ -99,6 +116,15 @@ class Attention(nnx.Module):
 
         q, kv = ("batch", None, "kv_heads", None, None), ("batch", None, "kv_heads", None)
         return map_shards(attend, (q, kv, kv, ("batch", None)), q)(q_BTKGH, k_BTKH, v_BTKH, documents.ids_BT)
+
+
+def last_inputs(
+    before_BCD: Float[Array, "B C D"], x_BTD: Float[Array, "B T D"], new_B: Int[Array, "B"]
+) -> Float[Array, "B C D"]:
+    """The last C inputs of each row when ``new_B`` of the T new ones count."""
+    both = jnp.concatenate([before_BCD, x_BTD.astype(before_BCD.dtype)], axis=1)
+    take = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, before_BCD.shape[1], axis=0))
+    return take(both, new_B)
 
 
 def cached_attention(

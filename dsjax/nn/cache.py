@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from dsjax.nn.masks import Leaf
 
@@ -14,22 +14,27 @@ from dsjax.nn.masks import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer (a group of layers: one more leading dimension), S slots a row."""
+    """What one layer keeps (a group of layers: one more leading dimension), S slots a row.
+
+    Attributes:
+        k_BSKH, v_BSKH: keys and values.
+        conv_BCD: inputs of the last C positions, for a short convolution (C is 0 without one).
+    """
 
     k_BSKH: Leaf
     v_BSKH: Leaf
+    conv_BCD: Leaf
 
-    @classmethod
-    def empty(cls, num_layers: int, batch: int, slots: int, num_kv_heads: int, head_dim: int, dtype) -> LayerCache:
-        zeros = jnp.zeros((num_layers, batch, slots, num_kv_heads, head_dim), dtype)
-        return cls(k_BSKH=zeros, v_BSKH=zeros)
 
-    def append(
-        self, k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"], lengths_B: Int[Array, "B"]
-    ) -> LayerCache:
-        """Writes T new positions of each row behind the ``lengths_B`` that it holds."""
-        write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (at, 0, 0)))
-        return LayerCache(write(self.k_BSKH, k_BTKH, lengths_B), write(self.v_BSKH, v_BTKH, lengths_B))
+def append(
+    cache_BSX: Shaped[Array, "B S ..."], new_BTX: Shaped[Array, "B T ..."], lengths_B: Int[Array, "B"]
+) -> Shaped[Array, "B S ..."]:
+    """Writes T new positions of each row behind the ``lengths_B`` that it holds."""
+
+    def write(row: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), at, axis=0)
+
+    return jax.vmap(write)(cache_BSX, new_BTX, lengths_B)
 
 
 @jax.tree_util.register_dataclass
@@ -40,9 +45,9 @@ class Cache:
     Attributes:
         groups: one :class:`LayerCache` for each layer group, stacked over its layers.
         lengths_B: filled slots; what lies behind them is never seen.
-        recent_BC: the last C token ids (oldest first, 0 before the start), for n-gram embeddings.
+        tokens_BS: the token of each slot, for what looks tokens up.
     """
 
     groups: tuple[LayerCache, ...]
     lengths_B: Leaf
-    recent_BC: Leaf
+    tokens_BS: Leaf

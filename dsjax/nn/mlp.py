@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dsjax.config import PositiveInt
+from dsjax.nn.linear import project
 from dsjax.sharding import param, shard
 
 
@@ -25,23 +25,34 @@ class MLPConfig:
     def num_active_params(self, d_model: int) -> int:
         return self.num_params(d_model)
 
-    def make(self, d_model: int, *, rngs: nnx.Rngs) -> nnx.Module:
-        return MLP(d_model, self.d_ff, rngs=rngs)
+    def make(self, d_model: int, *, out_scale: float, rngs: nnx.Rngs) -> nnx.Module:
+        return MLP(d_model, self.d_ff, out_scale=out_scale, rngs=rngs)
 
 
-def swiglu(gate_up: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
-    """silu(gate) * up, the two stacked in the second-last dimension."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """silu(gate) * up; the backward pass keeps its inputs alone."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(saved, dy):
+    gate, up = saved
+    s = jax.nn.sigmoid(gate)
+    return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``; gate and up are one matmul."""
+    """``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, d_model: int, d_ff: int, *, rngs: nnx.Rngs):
-        self.w_gate_up = param(rngs, (d_model, 2, d_ff), ("embed", "gate_up", "mlp"), fan_in=d_model)
-        self.w_down = param(rngs, (d_ff, d_model), ("mlp", "embed"), fan_in=d_ff)
+    def __init__(self, d_model: int, d_ff: int, *, out_scale: float = 1.0, rngs: nnx.Rngs):
+        self.w_gate = param(rngs, (d_model, d_ff), ("embed", "mlp"), fan_in=d_model)
+        self.w_up = param(rngs, (d_model, d_ff), ("embed", "mlp"), fan_in=d_model)
+        self.w_down = param(rngs, (d_ff, d_model), ("mlp", "embed"), fan_in=d_ff, scale=out_scale)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        h_BTF = swiglu(jnp.einsum("BTD,DgF->BTgF", x_BTD, self.w_gate_up[...].astype(x_BTD.dtype)))
+        h_BTF = swiglu(project(x_BTD, self.w_gate[...]), project(x_BTD, self.w_up[...]))
         h_BTF = shard(h_BTF, "batch", "length", "mlp")
-        return jnp.einsum("BTF,FD->BTD", h_BTF, self.w_down[...].astype(x_BTD.dtype))
+        return project(h_BTF, self.w_down[...])

@@ -50,21 +50,22 @@ class MoEConfig:
     def num_active_params(self, d_model: int) -> int:
         return d_model * self.num_experts + 3 * d_model * self.d_ff * (self.top_k + self.num_shared_experts)
 
-    def make(self, d_model: int, *, rngs: nnx.Rngs) -> nnx.Module:
-        return MoE(self, d_model, rngs=rngs)
+    def make(self, d_model: int, *, out_scale: float, rngs: nnx.Rngs) -> nnx.Module:
+        return MoE(self, d_model, out_scale=out_scale, rngs=rngs)
 
 
 class MoE(nnx.Module):
     """Routed experts plus shared ones; every (token, expert) pair is computed, none is dropped."""
 
-    def __init__(self, cfg: MoEConfig, d_model: int, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: MoEConfig, d_model: int, *, out_scale: float = 1.0, rngs: nnx.Rngs):
         E, D, F = cfg.num_experts, d_model, cfg.d_ff
         self.cfg = cfg
         self.w_router = param(rngs, (D, E), ("embed", "router"), fan_in=D)
-        self.w_gate_up = param(rngs, (E, D, 2, F), ("expert", "embed", "gate_up", "mlp"), fan_in=D)
-        self.w_down = param(rngs, (E, F, D), ("expert", "mlp", "embed"), fan_in=F)
+        self.w_gate = param(rngs, (E, D, F), ("expert", "embed", "mlp"), fan_in=D)
+        self.w_up = param(rngs, (E, D, F), ("expert", "embed", "mlp"), fan_in=D)
+        self.w_down = param(rngs, (E, F, D), ("expert", "mlp", "embed"), fan_in=F, scale=out_scale)
         if cfg.num_shared_experts:
-            self.shared = MLP(D, cfg.num_shared_experts * F, rngs=rngs)
+            self.shared = MLP(D, cfg.num_shared_experts * F, out_scale=out_scale, rngs=rngs)
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], counted_BT: Float[Array, "B T"]
@@ -78,15 +79,9 @@ class MoE(nnx.Module):
         tokens = ("batch", "length", None)
         y_BTD = map_shards(
             apply_experts,
-            (tokens, tokens, tokens, ("expert", None, None, "mlp"), ("expert", "mlp", None)),
+            (tokens, tokens, tokens, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None)),
             tokens,
-        )(
-            x_BTD,
-            experts_BTX,
-            weights_BTX,
-            self.w_gate_up[...].astype(x_BTD.dtype),
-            self.w_down[...].astype(x_BTD.dtype),
-        )
+        )(x_BTD, experts_BTX, weights_BTX, *(w[...].astype(x_BTD.dtype) for w in (self.w_gate, self.w_up, self.w_down)))
         if cfg.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, stats
@@ -96,7 +91,8 @@ def apply_experts(
     x_BTD: Float[Array, "B T D"],
     experts_BTX: Int[Array, "B T X"],
     weights_BTX: Float[Array, "B T X"],
-    w_gate_up_eDgF: Float[Array, "e D 2 F"],
+    w_gate_eDF: Float[Array, "e D F"],
+    w_up_eDF: Float[Array, "e D F"],
     w_down_eFD: Float[Array, "e F D"],
 ) -> Float[Array, "B T D"]:
     """The routed experts' weighted outputs, on each device for its own experts ``e``.
@@ -110,25 +106,25 @@ def apply_experts(
         x_BTD, experts_BTX, weights_BTX = (
             jax.lax.all_gather(a, rules.expert, axis=0, tiled=True) for a in (x_BTD, experts_BTX, weights_BTX)
         )
-        experts_BTX = experts_BTX - jax.lax.axis_index(rules.expert) * w_gate_up_eDgF.shape[0]
-    y_BTD = _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_up_eDgF, w_down_eFD)
+        experts_BTX = experts_BTX - jax.lax.axis_index(rules.expert) * w_gate_eDF.shape[0]
+    y_BTD = _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD)
     if current is not None:
         y_BTD = jax.lax.psum(y_BTD, rules.mlp)
         y_BTD = jax.lax.psum_scatter(y_BTD, rules.expert, scatter_dimension=0, tiled=True)
     return y_BTD
 
 
-def _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_up_eDgF, w_down_eFD):
+def _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD):
     """Sum over the pairs whose expert is one of ours (0 <= expert < e)."""
     B, T, D = x_BTD.shape
-    X, e = experts_BTX.shape[-1], w_gate_up_eDgF.shape[0]
+    X, e = experts_BTX.shape[-1], w_gate_eDF.shape[0]
     expert_P = experts_BTX.reshape(-1)
     expert_P = jnp.where((expert_P >= 0) & (expert_P < e), expert_P, e)  # pairs P; e: somebody else's
     order_R = jnp.argsort(expert_P, stable=True)[: B * T * min(X, e)]  # a token has at most min(X, e) pairs here
     sizes_e = jnp.bincount(expert_P, length=e)
     token_R = order_R // X
     rows_RD = x_BTD.reshape(-1, D)[token_R]
-    gate_up_RgF = grouped_matmul(rows_RD, w_gate_up_eDgF.reshape(e, D, -1), sizes_e).reshape(len(rows_RD), 2, -1)
-    out_RD = grouped_matmul(swiglu(gate_up_RgF), w_down_eFD, sizes_e)
+    h_RF = swiglu(grouped_matmul(rows_RD, w_gate_eDF, sizes_e), grouped_matmul(rows_RD, w_up_eDF, sizes_e))
+    out_RD = grouped_matmul(h_RF, w_down_eFD, sizes_e)
     out_RD = out_RD * weights_BTX.reshape(-1)[order_R, None]
     return jnp.zeros((B * T, D), out_RD.dtype).at[token_R].add(out_RD).reshape(B, T, D)

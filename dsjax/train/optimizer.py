@@ -7,6 +7,7 @@ a function of the step and of the planned number of steps, so that a run can be 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -14,21 +15,23 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dsjax.checkpoint import path_name
 from dsjax.config import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices with AdamW for the rest.
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the matrices and AdamW for the rest.
 
     Attributes:
         name: ``adamw`` or ``muon``.
         lr: peak learning rate of AdamW.
-        muon_lr: peak learning rate of Muon's matrices.
+        muon_lr: peak learning rate of Muon's matrices; the root mean square of an update is 0.2 of it, as AdamW's
+            (Liu et al. 2025), so it is of the size of ``lr``.
         muon_momentum: decay of Muon's momentum.
-        embedding_lr_scale: factor on ``lr`` for look-up tables (token and n-gram embeddings).
+        table_lr: peak learning rate of hashed n-gram tables (row-wise Adagrad).
         b1, b2, eps: AdamW's moments and the term in its denominator.
-        weight_decay: decoupled, scaled by the learning rate; norms and look-up tables are not decayed.
+        weight_decay: decoupled, scaled by the learning rate; of matrices alone.
         clip_norm: global norm that gradients are clipped to; 0: not clipped.
         schedule: ``wsd`` (warm up, stay, decay linearly over the last ``decay_share``), ``cosine`` or ``constant``.
         warmup_steps: steps of linear warm-up from 0.
@@ -38,9 +41,9 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 3e-3
-    muon_lr: PositiveFloat = 0.02
+    muon_lr: PositiveFloat = 5e-3
     muon_momentum: OpenShare = 0.95
-    embedding_lr_scale: PositiveFloat = 1.0
+    table_lr: PositiveFloat = 0.1
     b1: OpenShare = 0.9
     b2: OpenShare = 0.95
     eps: PositiveFloat = 1e-8
@@ -69,29 +72,67 @@ def learning_rate(
 
 
 def kinds(axes: Any) -> Any:
-    """What each weight is to the optimizer, from its logical axes: ``norm``, ``table`` or ``matrix``."""
+    """What each weight is to the optimizer, from its logical axes: matrix, embedding, table or vector."""
 
     def kind(names: tuple[str, ...]) -> str:
-        inner = [n for n in names if n != "layers"]
-        if len(inner) == 1:
-            return "norm"
-        return "table" if inner[0] in ("vocab", "buckets") else "matrix"
+        if "buckets" in names:
+            return "table"
+        if "vocab" in names:
+            return "embedding"
+        own = [n for n in names if n not in ("layers", "taps", "lengths")]
+        return "matrix" if len(own) > 1 else "vector"
 
     return jax.tree.map(kind, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-# First dimension after those that only stack matrices, and how many dimensions each side of the matrix has.
-_STACKED = ("layers", "expert")
-
-
-def _matrix_dims(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which dimensions of a weight are its inputs and its outputs; the others stack matrices."""
-    inner = [i for i, n in enumerate(names) if n not in _STACKED]
+def matrix_dims(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers:
+    """Which dimensions of a weight are the matrix's inputs and outputs; the others stack matrices."""
+    inner = [i for i, name in enumerate(names) if name not in ("layers", "expert")]
     embed = names.index("embed")
     others = tuple(i for i in inner if i != embed)
     reads_embed = embed == inner[0]  # else it writes to the residual stream
     inputs, outputs = ((embed,), others) if reads_embed else (others, (embed,))
     return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+
+def muon(momentum: float, axes: Any) -> optax.GradientTransformation:
+    """Orthogonalised momentum, scaled so that the root mean square of an update is 0.2 (Liu et al. 2025)."""
+    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+    axes_of = {path_name(path): names for path, names in leaves}
+
+    def dims(updates: Any) -> Any:  # of those weights that this transformation is given
+        return jax.tree_util.tree_map_with_path(lambda path, _: matrix_dims(axes_of[path_name(path)]), updates)
+
+    def rescale(updates: Any, params: Any = None) -> Any:
+        del params
+
+        def one(path: tuple, u: jax.Array) -> jax.Array:
+            d = matrix_dims(axes_of[path_name(path)])
+            sides = [math.prod(u.shape[i] for i in side) for side in (d.reduction_axis, d.output_axis)]
+            return u * (0.2 * max(sides) ** 0.5)
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
+    orthogonal = optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=dims)
+    return optax.chain(orthogonal, optax.stateless(rescale))
+
+
+def scale_by_row_adagrad(eps: float = 1e-20) -> optax.GradientTransformation:
+    """Adagrad (Duchi et al. 2011) with one accumulator for each row of a look-up table, (..., rows, width).
+
+    A row that no token of the batch looks up has no gradient and stays as it is: no moment moves it. State is one
+    number a row, where Adam has two for each weight.
+    """
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(lambda p: jnp.zeros(p.shape[:-1], jnp.float32), params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        state = jax.tree.map(lambda s, g: s + jnp.mean(g * g, axis=-1), state, updates)
+        return jax.tree.map(lambda g, s: g * jax.lax.rsqrt(s + eps)[..., None], updates, state), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
@@ -102,27 +143,15 @@ def make_optimizer(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
         axes: logical axes of every weight (:func:`dsjax.sharding.logical_axes`).
     """
     kind = kinds(axes)
-
-    def adamw(scale: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-            optax.add_decayed_weights(cfg.weight_decay),
-            optax.scale(-cfg.lr * scale),
-        )
-
-    def undecayed(scale: float) -> optax.GradientTransformation:
-        return optax.chain(optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps), optax.scale(-cfg.lr * scale))
-
-    groups = {"matrix": adamw(1.0), "norm": undecayed(1.0), "table": undecayed(cfg.embedding_lr_scale)}
+    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+    matrix, matrix_lr = adam, cfg.lr
     if cfg.name == "muon":
-        dims = jax.tree.map(
-            lambda names, k: _matrix_dims(names) if k == "matrix" else None,
-            axes, kind, is_leaf=lambda x: isinstance(x, tuple),
-        )
-        groups["matrix"] = optax.chain(
-            optax.contrib.scale_by_muon(beta=cfg.muon_momentum, weight_dimension_numbers=dims),
-            optax.add_decayed_weights(cfg.weight_decay),
-            optax.scale(-cfg.muon_lr),
-        )
+        matrix, matrix_lr = muon(cfg.muon_momentum, axes), cfg.muon_lr
+    groups = {
+        "matrix": optax.chain(matrix, optax.add_decayed_weights(cfg.weight_decay), optax.scale(-matrix_lr)),
+        "embedding": optax.chain(adam, optax.scale(-cfg.lr)),
+        "vector": optax.chain(adam, optax.scale(-cfg.lr)),
+        "table": optax.chain(scale_by_row_adagrad(), optax.scale(-cfg.table_lr)),
+    }
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     return optax.chain(clip, optax.partition(groups, kind))

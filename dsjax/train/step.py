@@ -54,6 +54,7 @@ def next_token_loss(
         model.output_weights(),
         batch.targets_BT,
         batch.loss_weight_BT,
+        out.copy,
         chunk=model.compute.loss_chunk,
     )
     loss = nll / total_weight

@@ -1,5 +1,35 @@
 """Causal attention within the documents of a packed row."""
 
-from pallas_kernels.causal_attention.reference import causal_attention_reference as causal_attention
+from __future__ import annotations
 
-__all__ = ["causal_attention"]
+from typing import Literal
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.causal_attention.reference import causal_attention_reference
+from pallas_kernels.causal_attention.xla import Tiles, causal_attention_xla
+
+__all__ = ["Tiles", "causal_attention", "causal_attention_reference", "causal_attention_xla"]
+
+
+def causal_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    ids_BT: Int[Array, "B T"],
+    window: int | None = None,
+    *,
+    implementation: Literal["reference", "xla"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / sqrt(H)) v over the keys at or before the query, in its document and ``window``.
+
+    Args:
+        q_BTNH: queries; heads n = k * (N / K) + g share key/value head k.
+        k_BTKH, v_BTKH: keys and values.
+        ids_BT: document of each position.
+        window: positions that a query sees, itself included; None: all.
+        implementation: None takes the best one for the backend.
+    """
+    if implementation == "reference":
+        return causal_attention_reference(q_BTNH, k_BTKH, v_BTKH, ids_BT, window)
+    return causal_attention_xla(q_BTNH, k_BTKH, v_BTKH, ids_BT, window)

@@ -1,0 +1,193 @@
+"""Causal attention in plain XLA, block by block: no T x T scores, and most of what is masked is never computed.
+
+Queries are cut into at most ``Tiles.spans`` spans. The keys of a span end where the span ends, and with a window
+begin where its first query's window does. Within a span a scan goes over blocks of queries, so that the scores that
+exist at a time are block x S. The backward pass computes them again from the saved log-sum-exp (FlashAttention-2, Dao
+2023). Products over the rows of both operands are written so that the narrow one is transposed, which is what XLA:CPU
+runs fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+LOG2_E = math.log2(math.e)
+MASKED = -1e30  # finite: a row that is all padding must not give NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """``block``: queries whose scores exist at a time; ``spans``: cuts of the query axis."""
+
+    block: int = 128
+    spans: int = 8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def causal_attention_xla(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    ids_BT: Int[Array, "B T"],
+    window: int | None = None,
+    tiles: Tiles = Tiles(),
+) -> Float[Array, "B T N H"]:
+    """See :func:`pallas_kernels.causal_attention.causal_attention`."""
+    return _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """Queries [start, end) against keys [first_key, end)."""
+
+    start: int
+    end: int
+    first_key: int
+
+
+def _spans(T: int, window: int | None, tiles: Tiles) -> tuple[int, int, list[_Span]]:
+    """Block size, T rounded up to blocks, and the spans."""
+    block = min(tiles.block, T)
+    num_blocks = -(-T // block)
+    per_span = -(-num_blocks // tiles.spans)
+    spans = []
+    for first in range(0, num_blocks, per_span):
+        start, end = first * block, min(first + per_span, num_blocks) * block
+        first_key = 0 if window is None else max(0, start - window + 1) // block * block
+        spans.append(_Span(start, end, first_key))
+    return block, num_blocks * block, spans
+
+
+def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
+    """Lengthens axis 1."""
+    extra = length - x.shape[1]
+    widths = [(0, extra if axis == 1 else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if extra else x
+
+
+def _heads_first(x_BTNH: jax.Array, K: int) -> jax.Array:
+    """(B, T, K * G, H) -> (B, K, G, T, H)."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def _heads_last(x_BKGTH: jax.Array) -> jax.Array:
+    B, K, G, T, H = x_BKGTH.shape
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def _blocks(x: jax.Array, span: _Span, block: int, axis: int) -> jax.Array:
+    """The span's part of an axis, cut into blocks on a new leading axis."""
+    x = jax.lax.slice_in_dim(x, span.start, span.end, axis=axis)
+    cut = x.reshape(*x.shape[:axis], (span.end - span.start) // block, block, *x.shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)
+
+
+def _unblocks(x: jax.Array, axis: int) -> jax.Array:
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _scan(one: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """A scan over blocks; a single block needs no loop."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(one, carry, xs)
+    carry, ys = one(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda y: y[None], ys)
+
+
+def _scores(q_BKGtH, k_BKSH, ids_Bt, ids_BS, first_query, first_key, window):
+    """Masked scores in base 2 of one block of queries, float32: (B, K, G, t, S)."""
+    B, K, G, t, H = q_BKGtH.shape
+    scores = jnp.einsum("BKTH,BKSH->BKTS", q_BKGtH.reshape(B, K, G * t, H), k_BKSH)
+    scores = scores.reshape(B, K, G, t, -1).astype(jnp.float32)
+    query = first_query + jax.lax.broadcasted_iota(jnp.int32, scores.shape[-2:], 0)
+    key = first_key + jax.lax.broadcasted_iota(jnp.int32, scores.shape[-2:], 1)
+    sees = (ids_Bt[:, :, None] == ids_BS[:, None, :]) & (query >= key)
+    if window is not None:
+        sees &= query - key < window
+    return jnp.where(sees[:, None, None], scores, MASKED)
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles):
+    T, H, K = q_BTNH.shape[1], q_BTNH.shape[3], k_BTKH.shape[2]
+    block, padded, spans = _spans(T, window, tiles)
+    # The factor turns exp into exp2.
+    q = _heads_first(_pad(q_BTNH * jnp.asarray(H**-0.5 * LOG2_E, q_BTNH.dtype), padded), K)
+    k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+    ids = _pad(ids_BT, padded, value=-1)
+    outs, logs = [], []
+    for span in spans:
+        keys = slice(span.first_key, span.end)
+        k_span, v_span, ids_span = k[:, :, keys], v[:, :, keys], ids[:, keys]
+
+        def one(_, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key):
+            q, ids_Bt, first_query = xs
+            B, K, G, t, H = q.shape
+            scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window)
+            top = scores.max(axis=-1, keepdims=True)
+            p = jnp.exp2(scores - top)
+            total = p.sum(axis=-1, keepdims=True)
+            p = p.reshape(B, K, G * t, -1).astype(v.dtype)
+            out = jnp.einsum("BKTS,BKSH->BKTH", p, v).reshape(B, K, G, t, H)
+            return None, ((out / total).astype(q.dtype), top + jnp.log2(total))
+
+        first_queries = jnp.arange(span.start, span.end, block, dtype=jnp.int32)
+        xs = (_blocks(q, span, block, 3), _blocks(ids, span, block, 1), first_queries)
+        _, (out, log) = _scan(one, None, xs)
+        outs.append(_unblocks(out, 3))
+        logs.append(_unblocks(log, 3))
+    out_BTNH = _heads_last(jnp.concatenate(outs, axis=3))[:, :T]
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, jnp.concatenate(logs, axis=3))
+
+
+def _backward(window, tiles, saved, do_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, log = saved
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    block, padded, spans = _spans(T, window, tiles)
+    q = _heads_first(_pad(q_BTNH * jnp.asarray(H**-0.5 * LOG2_E, q_BTNH.dtype), padded), K)
+    do = _heads_first(_pad(do_BTNH, padded), K)
+    along_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    along = _heads_first(_pad(along_BTN, padded)[..., None], K)
+    k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+    ids = _pad(ids_BT, padded, value=-1)
+    dq = []
+    dk_BKHS = jnp.zeros((B, K, H, padded), jnp.float32)
+    dv_BKHS = jnp.zeros((B, K, H, padded), jnp.float32)
+    for span in spans:
+        keys = slice(span.first_key, span.end)
+        k_span, v_span, ids_span = k[:, :, keys], v[:, :, keys], ids[:, keys]
+
+        def one(sums, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key):
+            q, do, log, along, ids_Bt, first_query = xs
+            _, _, G, t, _ = q.shape
+            p = jnp.exp2(_scores(q, k, ids_Bt, ids_BS, first_query, first_key, window) - log)
+            q, do = q.reshape(B, K, G * t, H), do.reshape(B, K, G * t, H)
+            dp = jnp.einsum("BKTH,BKSH->BKTS", do, v).reshape(p.shape).astype(jnp.float32)
+            ds = (p * (dp - along)).reshape(B, K, G * t, -1).astype(q.dtype)
+            p = p.reshape(B, K, G * t, -1).astype(q.dtype)
+            dq = jnp.einsum("BKTS,BKSH->BKTH", ds, k).reshape(B, K, G, t, H)
+            dk = jnp.einsum("BKHT,BKTS->BKHS", q.swapaxes(2, 3), ds)
+            dv = jnp.einsum("BKHT,BKTS->BKHS", do.swapaxes(2, 3), p)
+            return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), sums, (dk, dv)), dq
+
+        first_queries = jnp.arange(span.start, span.end, block, dtype=jnp.int32)
+        parts = tuple(_blocks(x, span, block, 3) for x in (q, do, log, along))
+        sums = (dk_BKHS[..., keys], dv_BKHS[..., keys])
+        (dk, dv), dq_span = _scan(one, sums, (*parts, _blocks(ids, span, block, 1), first_queries))
+        dk_BKHS, dv_BKHS = dk_BKHS.at[..., keys].set(dk), dv_BKHS.at[..., keys].set(dv)
+        dq.append(_unblocks(dq_span, 3))
+    dq_BTNH = _heads_last(jnp.concatenate(dq, axis=3))[:, :T] * jnp.asarray(H**-0.5, q_BTNH.dtype)
+    dk_BTKH, dv_BTKH = (x.transpose(0, 3, 1, 2)[:, :T] for x in (dk_BKHS / LOG2_E, dv_BKHS))
+    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None
+
+
+causal_attention_xla.defvjp(_forward, _backward)
