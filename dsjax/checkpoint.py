@@ -7,11 +7,13 @@ resumed run has.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,19 +33,21 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Errors of a background save surface at the next call."""
+    """The checkpoints of one run folder. An error of a background save surfaces at the next call."""
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 2, read_only: bool = False):
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what read_only implies
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of what it raises
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(read_only=True) if read_only else ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
         self.folder = folder.resolve()
         handlers = {"state": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._saving: int | None = None
+        with self._told_as("opened"):
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The step that a resume takes."""
@@ -54,13 +58,55 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, host: HostState) -> None:
-        """Starts to save; returns once the arrays are copied, the rest goes on in the background."""
+        """Starts to save; returns once the arrays are copied, the rest goes on in the background.
+
+        Raises:
+            UserError: this save, or the one before, can not be written.
+        """
         ocp = self._ocp
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(as_tree(state)), host=ocp.args.JsonSave(host)),
-            force=True,
-        )
+        self.wait()
+        self._saving = step
+        with self._told_as("saved"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(as_tree(state)), host=ocp.args.JsonSave(host)),
+                force=True,
+            )
+
+    def check(self) -> None:
+        """Raises, without waiting, what went wrong with a save that has ended; cheap enough for every step."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way is committed.
+
+        Raises:
+            UserError: it can not be written.
+        """
+        with self._told_as("saved"):
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    def close(self) -> None:
+        """Ends the background threads, once the save under way is committed or has failed."""
+        try:
+            self._manager.close()
+        finally:
+            self._saving = None
+
+    @contextlib.contextmanager
+    def _told_as(self, done: str) -> Iterator[None]:
+        """What Orbax raises as one sentence."""
+        try:
+            yield
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            which = "checkpoints" if self._saving is None else f"checkpoint {self._saving}"
+            self._saving = None
+            raise UserError(
+                f"{which} in {self.folder} could not be {done}: {reason[:300]}; earlier checkpoints stay as they are"
+            ) from error
 
     def restore(self, shapes: Any, step: int | None = None) -> tuple[Any, HostState, int]:
         """State, host state and step of the latest checkpoint (or of ``step``).
@@ -90,11 +136,10 @@ class Checkpoints:
         stored = flatten(self._manager.item_metadata(step)["state"].tree)
         asked = flatten(as_tree(shapes))
         for name in sorted(set(stored) | set(asked)):
-            here = tuple(stored[name].shape) if name in stored else "missing"
-            want = tuple(asked[name].shape) if name in asked else "not part of this model"
-            if here != want:
+            there, here = (_kind(found.get(name)) for found in (stored, asked))
+            if there != here:
                 raise UserError(
-                    f"checkpoint {step} in {self.folder} does not fit the config: {name} is {here} there, {want} here"
+                    f"checkpoint {step} in {self.folder} does not fit the config: {name} is {there} there, {here} here"
                 )
 
     def load_numpy(self, step: int | None = None) -> tuple[dict[str, np.ndarray], HostState, int]:
@@ -118,13 +163,10 @@ class Checkpoints:
         arrays = {name: np.asarray(x) for name, x in flatten(restored["state"]).items()}
         return arrays, dict(restored["host"]), step
 
-    def wait(self) -> None:
-        """Until the save under way is committed; raises what went wrong with it."""
-        self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+def _kind(array: Any) -> str:
+    """Type and shape, as in ``float32[8,16]``."""
+    return "missing" if array is None else f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def as_tree(state: Any) -> Any:

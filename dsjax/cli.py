@@ -5,9 +5,16 @@ Nothing heavy is imported before a command runs, so that ``dsjax --help`` answer
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
+import io
 import os
 import pathlib
+import re
+import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import tyro
@@ -31,17 +38,19 @@ def train(
 
     Example: dsjax train configs/quickstart.py train.steps=500 mesh=fsdp=2,tensor=2 --run runs/mine
     """
-    import importlib
     import json
 
     from dsjax.config import apply_overrides, load_config, to_dict, validate
 
     resolved = apply_overrides(load_config(config), overrides)
+    recipe = sys.modules[type(resolved).__module__]  # a config's module runs it
+    if not hasattr(recipe, "run"):
+        kind = type(resolved).__name__
+        raise UserError(f"get_config() of {config} returned a {kind}, which is no recipe such as Pretrain")
     validate(resolved)
     start_jax()
-    recipe = importlib.import_module(type(resolved).__module__)  # a config's module runs it
-    recipe.check(resolved)
     if print_config:
+        recipe.check(resolved)
         print(json.dumps(to_dict(resolved), indent=1))
         return 0
     return recipe.run(resolved, pathlib.Path(run or f"runs/{pathlib.Path(config).stem}"), quiet=quiet)
@@ -92,7 +101,7 @@ def generate(
     from dsjax.infer.command import stream
 
     start_jax()
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_prompt(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     stream(pathlib.Path(run), text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     return 0
 
@@ -104,19 +113,36 @@ def start_jax() -> None:
     configure()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs a command and exits with its code."""
-    app = tyro.extras.SubcommandApp()
-    app.command(train)
-    app.command(evaluate, name="eval")
-    app.command(generate)
-    app.command(inspect)
-    arguments = sys.argv[1:] if arguments is None else arguments
+def read_prompt(content: bytes) -> str:
+    """The text of a prompt.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
     try:
-        code = app.cli(prog="dsjax", description=DESCRIPTION, args=gather_overrides(arguments), config=(FlagCreatePairsOff,))
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and exits with its code; without ``arguments``, the command of this process."""
+    if arguments is not None:
+        raise SystemExit(run(arguments))
+    gc.disable()  # the imports ahead make no garbage; `configure` turns it on again
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = run(sys.argv[1:])
+    gc.freeze()  # the last collection of a process would visit a million objects, for nothing
+    raise SystemExit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of a command; its error, if any, is one line on standard error."""
+    try:
+        code = parse(arguments)()
         sys.stdout.flush()
     except UserError as error:
-        print(f"dsjax: {error}", file=sys.stderr)
+        print(f"dsjax: {one_line(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("dsjax: interrupted", file=sys.stderr)
@@ -124,7 +150,48 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    raise SystemExit(code)
+    return code
+
+
+def parse(arguments: list[str]) -> Callable[[], int]:
+    """The command that ``arguments`` ask for, ready to run.
+
+    Raises:
+        UserError: there is no such command or option, or a value is missing or wrong.
+        SystemExit: help was asked for, and is printed.
+    """
+    app = tyro.extras.SubcommandApp()
+    for name, command in {"train": train, "eval": evaluate, "generate": generate, "inspect": inspect}.items():
+        app.command(deferred(command), name=name)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return app.cli(
+                prog="dsjax", description=DESCRIPTION, args=gather_overrides(arguments), config=(FlagCreatePairsOff,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # Tyro draws a box with a title, and rules between its parts.
+        rows = [row.strip("│ ") for row in said.getvalue().splitlines()[1:-1]]
+        said_once = " ".join(";" if row.startswith("─") else row for row in rows)
+        sentence = re.sub(r"[.]? ;", ";", re.sub(r"For full helptext, (run|see):?", "see", said_once))
+        raise UserError(sentence[:1].lower() + sentence[1:]) from None
+
+
+def deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """As ``command``, but returns what is left to call."""
+
+    @functools.wraps(command)
+    def prepare(*args: object, **options: object) -> Callable[[], int]:
+        return functools.partial(command, *args, **options)
+
+    return prepare
+
+
+def one_line(text: str) -> str:
+    """``text`` with line breaks as spaces and other unprintable characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
 
 
 DESCRIPTION = """The DeepSeek lineage in JAX: train, evaluate and sample language models from one config.

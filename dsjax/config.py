@@ -7,7 +7,6 @@ wrong becomes a :class:`UserError` of one sentence that names the key, the value
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import importlib
@@ -15,7 +14,9 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -42,7 +43,7 @@ class Bounds:
 
     def __str__(self) -> str:
         parts = [(">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt)]
-        return " and ".join(f"{sign} {value:g}" for sign, value in parts if math.isfinite(value))
+        return " and ".join(f"{sign} {value:,}" for sign, value in parts if math.isfinite(value))
 
 
 PositiveInt = Annotated[int, Bounds(ge=1, le=2**48)]
@@ -89,60 +90,62 @@ def _describe(annotation: Any) -> str:
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
+def _shown(value: Any) -> str:
+    """A value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
 def _parse(text: str, annotation: Any, key: str) -> Any:
     """The value that ``text`` stands for as ``annotation``; UserError when it stands for none."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    wrong = UserError(f"{key} is {text!r}; it must be {_describe(annotation)}")
+    wrong = UserError(f"{key} is {_shown(text)}; it must be {_describe(annotation)}")
     if origin is Annotated:
         return _parse(text, args[0], key)
     if len(_options(annotation)) > 1:
         if type(None) in args and text.lower() == "none":
             return None
         for option in args:
-            if option is type(None) or _is_config(option):
-                continue
-            try:
-                return _parse(text, option, key)
-            except UserError:
-                continue
+            if option is not type(None) and not _is_config(option):
+                try:
+                    return _parse(text, option, key)
+                except UserError:
+                    continue
         raise wrong
     if origin is Literal:
         by_text = {str(a): a for a in args}
         if text in by_text:
             return by_text[text]
-        raise UserError(f"{key} is {text!r}; it must be {_describe(annotation)}{_nearest(text, list(by_text))}")
+        raise UserError(f"{wrong}{_nearest(text, list(by_text))}")
     if origin is tuple:
         if any(_is_config(o) for o in _options(args[0])):
             raise UserError(f"{key} is a list; set its parts, for example {key}.0.NAME=VALUE")
-        inner = text.strip()
-        if inner[:1] in "([" and inner[-1:] in ")]" and len(inner) >= 2:
-            inner = inner[1:-1]
-        items = [part.strip() for part in inner.split(",") if part.strip()]
-        return tuple(_parse(_unquote(item), args[0], key) for item in items)
-    if annotation is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise wrong
-    if annotation in (int, float):
+        return tuple(_parse(_unquote(item), args[0], key) for item in _items(text))
+    if annotation is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if annotation in (int, float) and text.isascii():
         try:
             value = annotation(text)
-        except (ValueError, OverflowError):
+        except ValueError:
             raise wrong from None
-        if not math.isfinite(value):
-            raise wrong
-        return value
+        if annotation is int or math.isfinite(value):
+            return value
     if annotation is str:
         return _unquote(text)
-    raise UserError(f"{key} can not be set from the command line; set its parts or edit the config file")
+    raise wrong
+
+
+def _items(text: str) -> list[str]:
+    """The entries of a list written as ``a,b``, ``(a,b)`` or ``[a,b,]``."""
+    inner = text.strip()
+    if inner[:1] + inner[-1:] in ("()", "[]"):
+        inner = inner[1:-1]
+    items = [item.strip() for item in inner.split(",")]
+    return items if items[-1] else items[:-1]
 
 
 def _unquote(text: str) -> str:
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
-        try:
-            return str(ast.literal_eval(text))
-        except (ValueError, SyntaxError):
-            return text
-    return text
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -154,6 +157,23 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 # ---------------------------------------------------------------- overrides
 
 
+@dataclasses.dataclass(frozen=True)
+class _Override:
+    """One value on its way to its place in the tree.
+
+    Attributes:
+        key: as given, for messages.
+        text: what stands behind the ``=``.
+        root: the whole config, to find the nearest key in.
+        given: value by key of all overrides so far.
+    """
+
+    key: str
+    text: str
+    root: Any
+    given: dict[str, str]
+
+
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     """``config`` with each ``a.b=value`` put in; lists take an index (``model.groups.0.num_layers=2``) and a part
     takes several values at once (``mesh=fsdp=2,tensor=4``).
@@ -161,53 +181,64 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     Raises:
         UserError: unknown key (names the nearest), a value of the wrong type, a key given twice, no ``=``.
     """
-    seen: dict[str, str] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    given: dict[str, str] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"override {override!r} is not of the form key=value, for example train.steps=100")
-        if key in seen:
-            raise UserError(f"{key} is given twice, as {seen[key]!r} and {text!r}; give it once")
-        seen[key] = text
-        config = _replace(config, key.split("."), text, "", config)
+            raise UserError(f"override {_shown(text)} is not of the form key=value, for example train.steps=100")
+        config = _put(config, type(config), "", key.split("."), _Override(key, value, config, given))
     return config
 
 
-def _replace(node: Any, path: list[str], text: str, prefix: str, root: Any) -> Any:
+def _put(node: Any, annotation: Any, here: str, path: list[str], override: _Override) -> Any:
+    """``node``, which stands at the key ``here``, with the override's value put in at ``path`` below it."""
+    if not path:
+        return _put_value(node, annotation, here, override)
     name, rest = path[0], path[1:]
-    here = f"{prefix}.{name}" if prefix else name
+    below = f"{here}.{name}" if here else name
+    if _is_config(node):
+        annotations = _fields(type(node))
+        if name not in annotations:
+            known = [f"{here}.{n}" if here else n for n in annotations]
+            hint = _nearest(override.key, [*known, *keys(override.root)])
+            raise UserError(f"unknown key {override.key}{hint or '; known here: ' + ', '.join(known)}")
+        new = _put(getattr(node, name), annotations[name], below, rest, override)
+        return dataclasses.replace(node, **{name: new})
     if isinstance(node, tuple):
-        if not (name.isascii() and name.isdigit() and int(name) < len(node)):
-            allowed = f"0 to {len(node) - 1}" if node else "none: it is empty"
-            raise UserError(f"{here} names no entry of {prefix}; it has {len(node)} (allowed: {allowed})")
+        if name not in map(str, range(len(node))):
+            allowed = f"its entries are 0 to {len(node) - 1}" if node else "it is empty"
+            raise UserError(f"unknown key {override.key}; {here} is a list without an entry {_shown(name)}: {allowed}")
         index = int(name)
-        return node[:index] + (_replace_value(node[index], None, rest, text, here, root),) + node[index + 1 :]
-    annotations = _fields(type(node))
-    if name not in annotations:
-        known = [f"{prefix}.{n}" if prefix else n for n in annotations]
-        asked = ".".join([here, *rest])
-        hint = _nearest(here, known) or _nearest(asked, keys(root))
-        raise UserError(f"unknown key {asked}{hint or '; known here: ' + ', '.join(known)}")
-    value = _replace_value(getattr(node, name), annotations[name], rest, text, here, root)
-    return dataclasses.replace(node, **{name: value})
+        new = _put(node[index], _entry(annotation), below, rest, override)
+        return node[:index] + (new,) + node[index + 1 :]
+    parts = [option.__name__ for option in _options(annotation) if _is_config(option)]
+    hint = f"; the config file can set it to {' or '.join(parts)}()" if node is None and parts else ""
+    shown = "none" if node is None else f"the single value {_shown(node)}"
+    raise UserError(f"unknown key {override.key}; {here} is {shown}{hint}")
 
 
-def _replace_value(value: Any, annotation: Any, rest: list[str], text: str, here: str, root: Any) -> Any:
-    if rest:
-        if not (_is_config(value) or isinstance(value, tuple)):
-            raise UserError(f"unknown key {here}.{'.'.join(rest)}; {here} is a single value, {value!r}")
-        return _replace(value, rest, text, here, root)
-    if _is_config(value):
-        parts = [part for part in text.split(",") if part]
-        if not parts or not all("=" in part for part in parts):
-            names = ", ".join(_fields(type(value)))
-            raise UserError(f"{here} is a group of keys ({names}), found {text!r}; write {here}.NAME=VALUE")
-        for part in parts:
-            key, _, inner = part.partition("=")
-            value = _replace(value, key.split("."), inner, here, root)
-        return value
-    if annotation is None:  # an entry of a list of plain values: its type is that of what it replaces
-        annotation = type(value)
+def _entry(annotation: Any) -> Any:
+    """The annotation of a list's entries."""
+    lists = [option for option in _options(annotation) if typing.get_origin(option) is tuple]
+    return typing.get_args(lists[0])[0]
+
+
+def _put_value(node: Any, annotation: Any, here: str, override: _Override) -> Any:
+    text = override.text
+    leaves_out = type(None) in _options(annotation) and text.lower() == "none"
+    if _is_config(node) and not leaves_out:
+        parts = [part.partition("=") for part in text.split(",")]
+        if not all(name and equals for name, equals, _ in parts):
+            names = ", ".join(_fields(type(node)))
+            raise UserError(f"{here} is a group of keys ({names}), found {_shown(text)}; write {here}.NAME=VALUE")
+        for name, _, value in parts:
+            inner = dataclasses.replace(override, key=f"{here}.{name}", text=value)
+            node = _put(node, annotation, here, name.split("."), inner)
+        return node
+    for key, other in override.given.items():
+        if f"{key}.".startswith(f"{here}.") or f"{here}.".startswith(f"{key}."):
+            raise UserError(f"{here} is given twice, {key}={_shown(other)} and {here}={_shown(text)}; give it once")
+    override.given[here] = text
     return _parse(text, annotation, here)
 
 
@@ -244,7 +275,7 @@ def validate(config: Any, prefix: str = "") -> None:
 
 def _check(value: Any, annotation: Any, key: str) -> None:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    wrong = UserError(f"{key} is {value!r}; it must be {_describe(annotation)}")
+    wrong = UserError(f"{key} is {_shown(value)}; it must be {_describe(annotation)}")
     if origin is Annotated:
         _check(value, args[0], key)
         if not all(b.allow(value) for b in args[1:] if isinstance(b, Bounds)):
@@ -261,7 +292,7 @@ def _check(value: Any, annotation: Any, key: str) -> None:
                 continue
         raise wrong
     elif origin is Literal:
-        if value not in args:
+        if not any(type(value) is type(a) and value == a for a in args):
             raise wrong
     elif origin is tuple:
         if not isinstance(value, tuple):
@@ -269,7 +300,7 @@ def _check(value: Any, annotation: Any, key: str) -> None:
         for index, item in enumerate(value):
             _check(item, args[0], f"{key}.{index}")
     elif annotation is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # NaN is not either
             raise wrong
     elif type(value) is not annotation:
         raise wrong
@@ -285,7 +316,11 @@ def load_config(path: str | pathlib.Path) -> Any:
         UserError: no such file, not Python, no ``get_config``, or it fails.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name that no file can have
+        raise UserError(f"no config file {_shown(str(path))}: {error.strerror}") from None
+    if not found:
         beside = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"no config file {path}{_nearest(str(path), beside)}")
     if path.suffix != ".py":
@@ -294,6 +329,7 @@ def load_config(path: str | pathlib.Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # A variant calls the base beside it: `from tiny import get_config as base`.
+    before = sys.path[:]
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
@@ -302,10 +338,12 @@ def load_config(path: str | pathlib.Path) -> Any:
         config = module.get_config()
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"config {path} fails to load: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        raise UserError(f"config {where} fails to load: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(path.parent.resolve()))
+        sys.path[:] = before
     if not _is_config(config) or isinstance(config, type):
         raise UserError(f"get_config() of {path} returned {type(config).__name__}, not a config dataclass")
     return config
@@ -331,7 +369,10 @@ def from_dict(data: Any, source: str = "config.json") -> Any:
     Raises:
         UserError: an unknown class or key, or values that do not pass :func:`validate`.
     """
-    config = _from_plain(data, source)
+    try:
+        config = _from_plain(data, source)
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply to be a config") from None
     if not _is_config(config):
         raise UserError(f"{source} holds no config")
     validate(config)
@@ -343,20 +384,32 @@ def _from_plain(data: Any, source: str) -> Any:
         return tuple(_from_plain(v, source) for v in data)
     if not isinstance(data, dict):
         return data
-    module_name, _, class_name = str(data.get("type", "")).partition(":")
-    if not (module_name == "dsjax" or module_name.startswith("dsjax.")):
-        raise UserError(f"{source} names the class {data.get('type')!r}; only classes of dsjax can be read")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError):
-        cls = None
-    if not (isinstance(cls, type) and _is_config(cls)):
-        raise UserError(f"{source} names the class {data['type']!r}, which is no config of this version")
+    cls = _config_class(data.get("type"), source)
     values = {k: _from_plain(v, source) for k, v in data.items() if k != "type"}
     unknown = sorted(set(values) - set(_fields(cls)))
     if unknown:
-        raise UserError(f"{source} has the unknown key {unknown[0]} in {class_name}")
+        raise UserError(f"{source} has the unknown key {_shown(unknown[0])} in {cls.__name__}")
     return cls(**values)
+
+
+def _config_class(name: Any, source: str) -> type:
+    """The class that ``module:Class`` names: a frozen dataclass of this library, with a default for every field."""
+    if not (isinstance(name, str) and re.fullmatch(r"dsjax(\.[a-z][a-z0-9_]*)*:[A-Z][A-Za-z0-9]*", name)):
+        raise UserError(f"{source} names the class {_shown(name)}; only classes of dsjax can be read")
+    module_name, _, class_name = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError:
+        cls = None
+    missing = dataclasses.MISSING
+    if not (
+        isinstance(cls, type)
+        and _is_config(cls)
+        and cls.__dataclass_params__.frozen
+        and all(f.init and (f.default, f.default_factory) != (missing, missing) for f in dataclasses.fields(cls))
+    ):
+        raise UserError(f"{source} names the class {name!r}, which is no config of this version")
+    return cls
 
 
 def read_json(path: str | pathlib.Path) -> Any:
@@ -369,5 +422,7 @@ def read_json(path: str | pathlib.Path) -> Any:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} can not be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of 5,000 digits
         raise UserError(f"{path} is not valid JSON: {error}") from None

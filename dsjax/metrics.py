@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import pathlib
 import sys
@@ -38,21 +40,23 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
+            record = None
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
             if number == len(lines):
                 return
-            raise UserError(f"{path}:{number} is not a JSON object: {line[:60]!r}") from None
+            raise UserError(f"{path}:{number} is no record with a step: {line[:60]!r}")
         yield record
 
 
 class MetricsLog:
     """Appends records to ``metrics.jsonl`` and, if asked, to TensorBoard event files beside it.
 
-    On a resumed run the records behind the restored step are dropped: those steps are done again.
+    JSON has no NaN: a value that is not finite is null in the file. On a resumed run the records behind the restored step are dropped: those steps are done again.
     """
 
     def __init__(self, folder: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = False):
@@ -72,9 +76,10 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        record = {"step": step} | values
+        record: dict[str, Any] = {"step": step}
+        record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -91,7 +96,7 @@ class Progress:
 
     def __init__(self, total: int, start: int = 0, *, label: str = "training", every: int = 10, quiet: bool = False):
         self._label, self._every, self._quiet, self._updates = label, every, quiet, 0
-        self._begin, self._start = time.perf_counter(), start
+        self._first = (total, 0.0)  # steps done at the first update, and when it was
         self._bar: Any = None
         if sys.stderr.isatty() and not quiet:
             from rich import progress
@@ -111,11 +116,16 @@ class Progress:
     def update(self, done: int, total: int, text: str = "") -> None:
         """``done`` of ``total`` (which may have changed); ``text`` stands beside them."""
         self._updates += 1
+        if self._updates == 1:
+            self._first = (done, time.perf_counter())
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, text=text)
         elif not self._quiet and (self._updates % self._every == 1 or self._every == 1 or done == total):
-            seconds = (time.perf_counter() - self._begin) / max(done - self._start, 1) * (total - done)
-            print(f"{self._label} {done}/{total}  {text}  {seconds:.0f} s left", file=sys.stderr, flush=True)
+            left = ""
+            if done > self._first[0]:  # the first update waited for what does not come again
+                per_step = (time.perf_counter() - self._first[1]) / (done - self._first[0])
+                left = f"  {per_step * (total - done):.0f} s left"
+            print(f"{self._label} {done}/{total}  {text}{left}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
@@ -146,17 +156,17 @@ def plot_loss(
         title: above the plot.
         lines: horizontal lines of the bits-per-byte panel, name -> value (baselines).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    train = [(r["tokens_seen"] / 1e6, r["loss"]) for r in records if "loss" in r]
-    held = [(r["tokens_seen"] / 1e6, r["held_out_bits_per_byte"]) for r in records if "held_out_bits_per_byte" in r]
+    train, held = (
+        [(r["tokens_seen"] / 1e6, r[name]) for r in records if r.get(name) is not None]
+        for name in ("loss", "held_out_bits_per_byte")
+    )
     if not train:
         return
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
     panels = 2 if held else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 3.8), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5.5 * panels, 3.8), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)
     left = axes[0][0]
     x, y = zip(*train, strict=True)
     smooth, value, seen = [], 0.0, 0.0
@@ -177,5 +187,6 @@ def plot_loss(
         right.legend(frameon=False)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    write_atomic(path, png.getvalue())

@@ -46,23 +46,36 @@ class RunFolder:
     def tokenizer(self) -> pathlib.Path:
         return self.path / "tokenizer.json"
 
-    def create(self) -> None:
-        """Makes the folder.
+    def check(self) -> None:
+        """Looks whether a run can be here; makes nothing.
 
         Raises:
-            UserError: it can not be made or written.
+            UserError: it can not be made or written, or holds something else.
+        """
+        try:
+            above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            held = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        except OSError as error:
+            raise UserError(f"run folder {self.path} can not be made: {error.strerror}") from None
+        if not above.is_dir():
+            raise UserError(f"run folder {self.path} can not be made: {above} is a file")
+        if not os.access(above, os.W_OK):
+            raise UserError(f"run folder {self.path} can not be made: {above} is not writable")
+        if not self.config.exists() and not all(name.startswith(".") for name in held):
+            raise UserError(f"folder {self.path} is not empty and holds no run (no config.json); give another --run")
+
+    def write(self, config: Any, tokenizer: Tokenizer) -> None:
+        """Makes the folder, or brings that of a run to go on with up to date.
+
+        Raises:
+            UserError: it can not be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.config, json.dumps(to_dict(config), indent=1) + "\n")
+            write_atomic(self.tokenizer, tokenizer.to_json())
         except OSError as error:
-            raise UserError(f"run folder {self.path} can not be made: {error.strerror}") from None
-        if not os.access(self.path, os.W_OK):
-            raise UserError(f"run folder {self.path} is not writable")
-        if not self.config.exists() and any(self.path.iterdir()):
-            raise UserError(f"folder {self.path} is not empty and holds no run (no config.json); give another --run")
-
-    def write_config(self, config: Any) -> None:
-        write_atomic(self.config, json.dumps(to_dict(config), indent=1) + "\n")
+            raise UserError(f"run folder {self.path} can not be written: {error.strerror}") from None
 
     def read_config(self) -> Any:
         """The resolved config of the run.
@@ -74,7 +87,10 @@ class RunFolder:
             raise UserError(f"no run folder {self.path}")
         if not self.config.exists():
             raise UserError(f"{self.path} is no run: it holds no config.json")
-        return from_dict(read_json(self.config), str(self.config))
+        config = from_dict(read_json(self.config), str(self.config))
+        if not all(hasattr(config, part) for part in ("model", "data", "compute")):
+            raise UserError(f"{self.config} holds a {type(config).__name__}, which describes no run")
+        return config
 
     def open_checkpoints(self) -> Checkpoints:
         """Its checkpoints, to read.

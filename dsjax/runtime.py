@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+import pathlib
 import sys
 
 from dsjax.config import UserError
@@ -22,11 +24,14 @@ def configure() -> None:
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
         jax.devices()
     except RuntimeError as error:
         raise UserError(f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}): {error}") from None
+    if not gc.isenabled():
+        gc.freeze()  # what the imports made stays
+        gc.enable()
 
 
 def keep_freed_memory() -> None:
@@ -44,3 +49,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
     except (OSError, AttributeError):
         pass  # another C library
+
+
+def memory_bytes() -> float:
+    """The memory that this process may use: the machine's, or what its control group allows."""
+    try:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not Unix
+        return float("inf")
+    try:
+        allowed = pathlib.Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return machine
+    return min(machine, int(allowed)) if allowed.isdigit() else machine

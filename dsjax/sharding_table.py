@@ -8,18 +8,17 @@ from __future__ import annotations
 import math
 import pathlib
 import sys
-from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from dsjax.config import apply_overrides, load_config
 from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
-from dsjax.sharding import MESH_AXES, MeshConfig, Rules, logical_axes, shardings
+from dsjax.sharding import MESH_AXES, MeshConfig, Rules, logical_axes
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 DEVICES = 8
@@ -34,7 +33,7 @@ def small_moe() -> DecoderConfig:
     return DecoderConfig(vocab_size=512, d_model=64, num_layers=3, groups=groups)
 
 
-def abstract_mesh(override: str) -> Any:
+def abstract_mesh(override: str) -> AbstractMesh:
     """The mesh of ``mesh=OVERRIDE`` over :data:`DEVICES` devices that need not exist."""
     shape = apply_overrides(MeshConfig(data=1), override.split(",")).shape(DEVICES)
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -44,7 +43,7 @@ def table(cfg: DecoderConfig) -> str:
     """Markdown: for each weight its axes, its shape, and what one device holds of it under each mesh."""
     model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
     shapes, axes = nnx.to_pure_dict(nnx.split(model)[1]), logical_axes(model)
-    layouts = [jax.tree.leaves(shardings(shapes, axes, abstract_mesh(mesh))) for mesh in MESHES]
+    meshes = [abstract_mesh(mesh) for mesh in MESHES]
     names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
 
     lines = [_row(["weight", "dimensions → mesh axis", "shape", *(f"`{mesh}`" for mesh in MESHES)])]
@@ -53,7 +52,8 @@ def table(cfg: DecoderConfig) -> str:
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(shapes)):
         weight = "/".join(str(key.key) for key in path)
         placed = ", ".join(" → ".join((axis, *getattr(Rules(), axis))) for axis in names[index])
-        shards = [layout[index].shard_shape(leaf.shape) for layout in layouts]
+        spec = Rules().spec(*names[index])
+        shards = [NamedSharding(mesh, spec).shard_shape(leaf.shape) for mesh in meshes]
         cells = ["whole" if shard == leaf.shape else _dims(shard) for shard in shards]
         lines.append(_row([f"`{weight}`", placed, _dims(leaf.shape), *cells]))
         held = [sum_ + math.prod(shard) for sum_, shard in zip(held, shards, strict=True)]

@@ -46,7 +46,9 @@ def module_name(path: pathlib.Path) -> str:
 
 
 def rank(module: str) -> int:
-    entries = [(len(entry), i) for i, layer in enumerate(LAYERS) for entry in layer if f"{module}.".startswith(f"{entry}.")]
+    entries = [
+        (len(entry), i) for i, layer in enumerate(LAYERS) for entry in layer if f"{module}.".startswith(f"{entry}.")
+    ]
     assert entries, f"{module} has no place in LAYERS"
     return max(entries)[1]
 

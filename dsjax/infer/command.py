@@ -19,9 +19,14 @@ def stream(
         UserError: a value out of range, no run, or a prompt too long for the model.
     """
     sampling = SamplingConfig(temperature=temperature, top_p=top_p)
-    validate(sampling, "--sampling")
+    try:
+        validate(sampling)
+    except UserError as error:
+        raise UserError(f"--{error}".replace("_", "-")) from None
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}; it must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed is {seed}; it must be at least 0 and below 2**32")
     model = load_model(RunFolder(folder))
     tokenizer = model.tokenizer
     ids = [tokenizer.end_id, *tokenizer.encode(prompt).tolist()]

@@ -10,10 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
-from dsjax.nn.mlp import MLP, swiglu
+from dsjax.nn.mlp import MLP
 from dsjax.nn.router import RouterStats, route
 from dsjax.sharding import current_mesh, map_shards, param
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.expert_dispatch import combine, dispatch, plan_dispatch
+from pallas_kernels.grouped_matmul import grouped_swiglu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +116,10 @@ def apply_experts(
 
 
 def _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD):
-    """Sum over the pairs whose expert is one of ours (0 <= expert < e)."""
+    """Sum over the pairs whose expert is one of ours, 0 <= expert < e."""
     B, T, D = x_BTD.shape
-    X, e = experts_BTX.shape[-1], w_gate_eDF.shape[0]
-    expert_P = experts_BTX.reshape(-1)
-    expert_P = jnp.where((expert_P >= 0) & (expert_P < e), expert_P, e)  # pairs P; e: somebody else's
-    order_R = jnp.argsort(expert_P, stable=True)[: B * T * min(X, e)]  # a token has at most min(X, e) pairs here
-    sizes_e = jnp.bincount(expert_P, length=e)
-    token_R = order_R // X
-    rows_RD = x_BTD.reshape(-1, D)[token_R]
-    h_RF = swiglu(grouped_matmul(rows_RD, w_gate_eDF, sizes_e), grouped_matmul(rows_RD, w_up_eDF, sizes_e))
-    out_RD = grouped_matmul(h_RF, w_down_eFD, sizes_e)
-    out_RD = out_RD * weights_BTX.reshape(-1)[order_R, None]
-    return jnp.zeros((B * T, D), out_RD.dtype).at[token_R].add(out_RD).reshape(B, T, D)
+    X = experts_BTX.shape[-1]
+    plan = plan_dispatch(experts_BTX.reshape(-1, X), len(w_gate_eDF))
+    x_RD = dispatch(x_BTD.reshape(-1, D), plan)
+    y_RD = grouped_swiglu(x_RD, w_gate_eDF, w_up_eDF, w_down_eFD, plan.sizes_E)
+    return combine(y_RD, weights_BTX.reshape(-1, X), plan).reshape(B, T, D)
