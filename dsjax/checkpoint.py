@@ -90,10 +90,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Ends the background threads, once the save under way is committed or has failed."""
-        try:
+        with self._told_as("saved"):
             self._manager.close()
-        finally:
-            self._saving = None
+        self._saving = None
 
     @contextlib.contextmanager
     def _told_as(self, done: str) -> Iterator[None]:

@@ -131,9 +131,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(run(arguments))
     gc.disable()  # the imports ahead make no garbage; `configure` turns it on again
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code = run(sys.argv[1:])
-    gc.freeze()  # the last collection of a process would visit a million objects, for nothing
-    raise SystemExit(code)
+    try:
+        code = run(sys.argv[1:])
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stderr.flush()
+    # The interpreter would take a second to free what the process gives back anyway, and it aborts on a compilation
+    # that nobody waits for any more. Whatever must be closed has been closed by the command.
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -158,7 +164,6 @@ def parse(arguments: list[str]) -> Callable[[], int]:
 
     Raises:
         UserError: there is no such command or option, or a value is missing or wrong.
-        SystemExit: help was asked for, and is printed.
     """
     app = tyro.extras.SubcommandApp()
     for name, command in {"train": train, "eval": evaluate, "generate": generate, "inspect": inspect}.items():
@@ -170,8 +175,8 @@ def parse(arguments: list[str]) -> Callable[[], int]:
                 prog="dsjax", description=DESCRIPTION, args=gather_overrides(arguments), config=(FlagCreatePairsOff,)
             )
     except SystemExit as stop:
-        if not stop.code:
-            raise
+        if not stop.code:  # help, printed
+            return lambda: 0
         # Tyro draws a box with a title, and rules between its parts.
         rows = [row.strip("│ ") for row in said.getvalue().splitlines()[1:-1]]
         said_once = " ".join(";" if row.startswith("─") else row for row in rows)

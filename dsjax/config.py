@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import json
@@ -58,6 +59,7 @@ OpenShare = Annotated[float, Bounds(ge=0, lt=1)]
 # ---------------------------------------------------------------- types of fields
 
 
+@functools.cache
 def _fields(cls: type) -> dict[str, Any]:
     """Name -> annotation of a config class, resolved, ``Annotated`` kept."""
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -98,10 +100,10 @@ def _shown(value: Any) -> str:
 
 def _parse(text: str, annotation: Any, key: str) -> Any:
     """The value that ``text`` stands for as ``annotation``; UserError when it stands for none."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     wrong = UserError(f"{key} is {_shown(text)}; it must be {_describe(annotation)}")
-    if origin is Annotated:
-        return _parse(text, args[0], key)
+    if typing.get_origin(annotation) is Annotated:  # bounds are for `validate`
+        annotation = typing.get_args(annotation)[0]
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if len(_options(annotation)) > 1:
         if type(None) in args and text.lower() == "none":
             return None
@@ -274,13 +276,12 @@ def validate(config: Any, prefix: str = "") -> None:
 
 
 def _check(value: Any, annotation: Any, key: str) -> None:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     wrong = UserError(f"{key} is {_shown(value)}; it must be {_describe(annotation)}")
-    if origin is Annotated:
-        _check(value, args[0], key)
-        if not all(b.allow(value) for b in args[1:] if isinstance(b, Bounds)):
-            raise wrong
-    elif _is_config(value):
+    bounds: list[Any] = []
+    if typing.get_origin(annotation) is Annotated:
+        annotation, *bounds = typing.get_args(annotation)
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_config(value):
         if type(value) not in _options(annotation):
             raise UserError(f"{key} is a {type(value).__name__}; it must be {_describe(annotation)}")
         validate(value, key)
@@ -303,6 +304,8 @@ def _check(value: Any, annotation: Any, key: str) -> None:
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # NaN is not either
             raise wrong
     elif type(value) is not annotation:
+        raise wrong
+    if not all(b.allow(value) for b in bounds if isinstance(b, Bounds)):
         raise wrong
 
 
@@ -370,32 +373,39 @@ def from_dict(data: Any, source: str = "config.json") -> Any:
         UserError: an unknown class or key, or values that do not pass :func:`validate`.
     """
     try:
-        config = _from_plain(data, source)
+        config = _from_plain(data, "")
+        if not _is_config(config):
+            raise UserError("it holds no config")
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     except RecursionError:
-        raise UserError(f"{source} is nested too deeply to be a config") from None
-    if not _is_config(config):
-        raise UserError(f"{source} holds no config")
-    validate(config)
+        raise UserError(f"{source}: it is nested too deeply to be a config") from None
     return config
 
 
-def _from_plain(data: Any, source: str) -> Any:
+def _from_plain(data: Any, key: str) -> Any:
+    def below(name: Any) -> str:
+        return f"{key}.{name}" if key else str(name)
+
     if isinstance(data, list):
-        return tuple(_from_plain(v, source) for v in data)
+        return tuple(_from_plain(v, below(i)) for i, v in enumerate(data))
     if not isinstance(data, dict):
         return data
-    cls = _config_class(data.get("type"), source)
-    values = {k: _from_plain(v, source) for k, v in data.items() if k != "type"}
-    unknown = sorted(set(values) - set(_fields(cls)))
-    if unknown:
-        raise UserError(f"{source} has the unknown key {_shown(unknown[0])} in {cls.__name__}")
+    cls = _config_class(data.get("type"))
+    annotations = _fields(cls)
+    values = {name: _from_plain(v, below(name)) for name, v in data.items() if name != "type"}
+    for name, value in values.items():
+        if name not in annotations:
+            raise UserError(f"unknown key {_shown(below(name))}{_nearest(name, annotations)}")
+        _check(value, annotations[name], below(name))
     return cls(**values)
 
 
-def _config_class(name: Any, source: str) -> type:
+def _config_class(name: Any) -> type:
     """The class that ``module:Class`` names: a frozen dataclass of this library, with a default for every field."""
     if not (isinstance(name, str) and re.fullmatch(r"dsjax(\.[a-z][a-z0-9_]*)*:[A-Z][A-Za-z0-9]*", name)):
-        raise UserError(f"{source} names the class {_shown(name)}; only classes of dsjax can be read")
+        raise UserError(f"the class {_shown(name)} is none of dsjax, and no other can be read")
     module_name, _, class_name = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name, None)
@@ -408,7 +418,7 @@ def _config_class(name: Any, source: str) -> type:
         and cls.__dataclass_params__.frozen
         and all(f.init and (f.default, f.default_factory) != (missing, missing) for f in dataclasses.fields(cls))
     ):
-        raise UserError(f"{source} names the class {name!r}, which is no config of this version")
+        raise UserError(f"the class {name!r} is no config of this version")
     return cls
 
 

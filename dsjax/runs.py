@@ -46,6 +46,10 @@ class RunFolder:
     def tokenizer(self) -> pathlib.Path:
         return self.path / "tokenizer.json"
 
+    @property
+    def failure(self) -> pathlib.Path:
+        return self.path / "failure.json"
+
     def check(self) -> None:
         """Looks whether a run can be here; makes nothing.
 
@@ -63,6 +67,10 @@ class RunFolder:
             raise UserError(f"run folder {self.path} can not be made: {above} is not writable")
         if not self.config.exists() and not all(name.startswith(".") for name in held):
             raise UserError(f"folder {self.path} is not empty and holds no run (no config.json); give another --run")
+
+    def has_checkpoint(self) -> bool:
+        """Whether something was trained here already."""
+        return self.checkpoints.is_dir() and any(p.name.isdigit() for p in self.checkpoints.iterdir())
 
     def write(self, config: Any, tokenizer: Tokenizer) -> None:
         """Makes the folder, or brings that of a run to go on with up to date.

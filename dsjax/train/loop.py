@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.checkpoint import Checkpoints
+from dsjax.config import UserError
 from dsjax.data.batch import Batch
 from dsjax.metrics import MetricsLog, Progress, plot_loss, write_atomic
 from dsjax.runs import RunFolder
@@ -77,7 +79,11 @@ class Job:
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to save and stop; the second one interrupts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to save and stop.
+
+    After it a second Ctrl-C ends the process at once, in whatever it is; a second SIGTERM (launchers repeat theirs)
+    changes nothing.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -90,76 +96,91 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:
-            raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, f"\n{self.received}: saving after this step; Ctrl-C stops at once\n".encode())
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
 
-def train(config: Any, run: RunFolder, job: Job, *, quiet: bool = False) -> int:
+def train(
+    config: Any, run: RunFolder, job: Job, state: TrainState, counters: Counters, *, quiet: bool = False
+) -> int:
     """Runs until the planned steps are done, a signal asks to stop, or the numbers stay bad.
 
     Returns:
         The exit code: 0 done, 1 stopped by non-finite numbers, 130 interrupted and saved.
     """
-    state, counters = restore_or_init(config, job)
     log = MetricsLog(run.path, resume_step=counters.iteration, tensorboard=config.log.tensorboard)
     progress = Progress(counters.total_steps, counters.iteration, quiet=quiet)
     if counters.iteration:
         progress.note(f"resumed at step {counters.iteration} of {counters.total_steps}")
+    run.failure.unlink(missing_ok=True)
     clock, guard = Clock(config, job, log), Guard(job, config.train.seed)
     every, code = config.train, 0
     try:
         with StopSignal() as stop:
             while counters.iteration < counters.total_steps and stop.received is None:
                 batch = job.place(next(job.batches))
-                state, metrics = job.step(state, batch, jnp.int32(counters.total_steps))
-                counters.iteration += 1
-                # The numbers of a step are looked at while the next one runs.
-                state = guard.check(state, counters, metrics)
-                if not clock.running or counters.iteration % every.log_every == 0:
-                    state = guard.check(state, counters)
+                state, metrics = guard.step(state, counters, batch)
+                last = counters.iteration == counters.total_steps
+                if not clock.running or last or counters.iteration % every.log_every == 0:
+                    state = guard.settle(state, counters)
                     clock.log(metrics, counters, progress)
                 if every.eval_every and counters.iteration % every.eval_every == 0:
                     clock.evaluate(state, counters, progress)
                 if counters.iteration % config.checkpoint.every == 0:
-                    state = guard.check(state, counters)
+                    state = guard.settle(state, counters)
                     save(job, state, counters)
-            state = guard.check(state, counters)
-        if job.checkpoints.latest() != counters.iteration:
-            save(job, state, counters)
-        job.checkpoints.wait()
+                job.checkpoints.check()
+            state = guard.settle(state, counters)
+            if job.checkpoints.latest() != counters.iteration:
+                save(job, state, counters)
+            plot_loss(log.records, run.path / "loss.png", title=run.path.name)  # while the checkpoint is written
+            job.checkpoints.wait()
         if counters.iteration < counters.total_steps:
             progress.note(f"{stop.received}: saved at step {counters.iteration}; the same command goes on from there")
             code = EXIT_INTERRUPTED
+        else:
+            progress.note(f"done: {counters.iteration} steps, {counters.tokens_seen:,} tokens, in {run.path}")
     except NonFinite as error:
-        write_atomic(run.path / "failure.json", json.dumps(error.report, indent=1) + "\n")
-        progress.note(f"stopped: {error} (see {run.path / 'failure.json'}; the last good checkpoint is kept)")
+        write_atomic(run.failure, json.dumps(error.report, indent=1) + "\n")
+        progress.note(f"stopped: {error} (see {run.failure}; the last good checkpoint is kept)")
         code = EXIT_FAILED
     finally:
         progress.close()
         log.close()
         job.batches.close()
         job.checkpoints.close()
-    plot_loss(log.records, run.path / "loss.png", title=run.path.name)
-    if code == 0:
-        progress.note(f"done: {counters.iteration} steps, {counters.tokens_seen:,} tokens, in {run.path}")
     return code
 
 
 def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
-    """The latest checkpoint's state and position in the data, else new ones."""
+    """The latest checkpoint's state and position in the data, else new ones.
+
+    Raises:
+        UserError: the checkpoint is of other data, does not fit the model, or lies behind the steps asked for.
+    """
+    asked = config.train.steps
     if job.checkpoints.latest() is None:
-        return job.trainer.init(config.train.seed), Counters(total_steps=config.train.steps, asked_steps=config.train.steps)
+        return new_state(job, config.train.seed), Counters(total_steps=asked, asked_steps=asked)
     state, host, _ = job.checkpoints.restore(job.trainer.shapes)
     job.batches.set_state(host["data"])
     counters = Counters(**host["loop"])
-    if counters.asked_steps != config.train.steps:  # the user asks for another length
-        counters.total_steps = counters.asked_steps = config.train.steps
+    if counters.iteration > asked:
+        raise UserError(f"train.steps is {asked}; the run in {job.checkpoints.folder.parent} is at step {counters.iteration}")
+    if counters.asked_steps != asked:  # the user asks for another length
+        counters.total_steps = counters.asked_steps = asked
     return state, counters
+
+
+def new_state(job: Job, seed: int) -> TrainState:
+    """The state that training begins with."""
+    return job.trainer.init(np.uint32(seed))
 
 
 def save(job: Job, state: TrainState, counters: Counters) -> None:
@@ -193,21 +214,36 @@ class Guard:
         self._pending: dict[str, Any] | None = None
         self._losses: list[float] = []
 
-    def check(self, state: TrainState, counters: Counters, metrics: dict[str, Any] | None = None) -> TrainState:
-        """Looks at the step before, and keeps ``metrics`` of this one for the next call (None: nothing is left)."""
-        before, self._pending = self._pending, metrics
+    def step(self, state: TrainState, counters: Counters, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """One step. The numbers of the step before are looked at while it runs; if they take the state back, the
+        step is done again from there, so that nothing depends on when numbers are looked at."""
+        total = jnp.int32(counters.total_steps)
+        state, metrics = self._job.step(state, batch, total)
+        if self._is_last_straw(counters):
+            state, metrics = self._job.step(self._rolled_back(counters), batch, total)
+        counters.iteration += 1
+        self._pending = metrics
+        return state, metrics
+
+    def settle(self, state: TrainState, counters: Counters) -> TrainState:
+        """Looks at the numbers of the last step now; the state to go on with."""
+        return self._rolled_back(counters) if self._is_last_straw(counters) else state
+
+    def _is_last_straw(self, counters: Counters) -> bool:
+        """Counts the step whose numbers wait; whether it was one bad step too many."""
+        before, self._pending = self._pending, None
         if before is None:
-            return state
+            return False
         self._losses = [*self._losses[-9:], float(before["loss"])]
         if float(before["finite"]):
             counters.tokens_seen += int(before["tokens"])
             counters.bad_in_a_row = 0
-            return state
+            return False
         counters.skipped += 1
         counters.bad_in_a_row += 1
-        return state if counters.bad_in_a_row < BAD_STEPS_IN_A_ROW else self._roll_back(counters)
+        return counters.bad_in_a_row >= BAD_STEPS_IN_A_ROW
 
-    def _roll_back(self, counters: Counters) -> TrainState:
+    def _rolled_back(self, counters: Counters) -> TrainState:
         if counters.rollbacks == MAX_ROLLBACKS:
             report = {"step": counters.iteration, "rollbacks": counters.rollbacks, "skipped": counters.skipped}
             raise NonFinite(report | {"last_losses": [repr(x) for x in self._losses]})
@@ -215,7 +251,7 @@ class Guard:
         counters.bad_in_a_row = 0
         self._job.checkpoints.wait()
         if self._job.checkpoints.latest() is None:
-            return self._job.trainer.init(self._seed)
+            return new_state(self._job, self._seed)
         return self._job.checkpoints.restore(self._job.trainer.shapes)[0]
 
 
@@ -228,7 +264,6 @@ class Clock:
     def __init__(self, config: Any, job: Job, log: MetricsLog):
         self._config, self._job, self._log = config, job, log
         self._before = log.records[-1]["seconds"] if log.records else 0.0
-        self._peak = matmul_peak_flops(config.compute.dtype) * jax.device_count()
         self._loop = self._mark = (0.0, 0, 0)  # time, iteration, tokens: when the loop ran, and at the last log
 
     @property
@@ -250,8 +285,9 @@ class Clock:
             progress.note(f"first step after {values['first_step_seconds']:.1f} s")
         else:
             rate = (now[2] - self._mark[2]) / (now[0] - self._mark[0])
-            values |= {"tokens_per_second": rate, "mfu": rate * self._job.flops_per_token / self._peak}
-            self._mark = now
+            peak = matmul_peak_flops(self._config.compute.dtype) * jax.device_count()  # measured at the first call
+            values |= {"tokens_per_second": rate, "mfu": rate * self._job.flops_per_token / peak}
+            self._mark = (time.perf_counter(), *now[1:])
             self._plan(counters, now)
         values |= {"tokens_seen": counters.tokens_seen, "seconds": self.seconds()}
         values |= {"skipped": counters.skipped, "rollbacks": counters.rollbacks}
@@ -273,7 +309,7 @@ class Clock:
         """Plans the number of steps to what fits, until the learning rate has begun to decay."""
         train, optim = self._config.train, self._config.optim
         decay = optim.decay_share if optim.schedule == "wsd" else 1.0
-        early = now[1] - self._loop[1] <= 2 * train.log_every
+        early = counters.iteration <= 2 * train.log_every
         if not train.max_minutes or not (early or counters.iteration < counters.total_steps * (1 - decay)):
             return
         per_step = (now[0] - self._loop[0]) / (now[1] - self._loop[1])

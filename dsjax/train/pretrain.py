@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
+import importlib.util
 import pathlib
 import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dsjax.checkpoint import CheckpointConfig, Checkpoints
-from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError, to_dict
+from dsjax.config import Bounds, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError, to_dict
 from dsjax.data.batch import Batch
 from dsjax.data.pipeline import make_batches
 from dsjax.data.prepare import Corpus, DataConfig, prepare
@@ -24,8 +26,9 @@ from dsjax.metrics import MetricsLog, Progress
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from dsjax.nn.masks import Documents
 from dsjax.runs import RunFolder, cache_dir
+from dsjax.runtime import memory_bytes
 from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh
-from dsjax.train.loop import Job, train
+from dsjax.train.loop import Job, restore_or_init, train
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.step import Trainer, make_trainer
 
@@ -45,7 +48,7 @@ class TrainConfig:
         seed: of the initial weights and of everything random in a step.
     """
 
-    steps: PositiveInt = 1000
+    steps: Annotated[int, Bounds(ge=1, lt=2**31)] = 1000  # the step counts in int32
     max_minutes: NonNegativeFloat = 0.0
     accumulate: PositiveInt = 1
     log_every: PositiveInt = 10
@@ -126,67 +129,109 @@ def batch_shapes(config: Pretrain, mesh: Any) -> Batch:
     return Batch(array(ints), array(ints), array(jnp.float32), Documents(array(ints), array(ints)))
 
 
-def check(config: Pretrain) -> None:
-    """Everything that can be known to be wrong before anything is read or compiled.
+def check(config: Pretrain) -> tuple[Any, Trainer]:
+    """Finds what can be known to be wrong before anything is read or compiled; the result of :func:`build`.
 
     Raises:
         UserError: the first such thing.
     """
-    build(config)
+    if jax.default_backend() == "cpu" and least_bytes(config) > memory_bytes():
+        model, data = config.model, config.data
+        raise UserError(
+            f"this machine has {memory_bytes() / 2**30:,.1f} GiB, training needs at least"
+            f" {least_bytes(config) / 2**30:,.1f} GiB: the model has {model.num_params():,} parameters"
+            f" (model.d_model={model.d_model}, model.num_layers={model.num_layers}, model.vocab_size={model.vocab_size}"
+            f" ...), a step {data.batch_size * data.seq_len:,} tokens (data.batch_size={data.batch_size},"
+            f" data.seq_len={data.seq_len})"
+        )
+    if config.log.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("log.tensorboard is true, but tensorboardX is not installed: pip install 'dsjax[tensorboard]'")
+    return build(config)
+
+
+def least_bytes(config: Pretrain) -> int:
+    """Memory that no way of training can do without, over all devices.
+
+    In float32 the weights, their gradients and one moment; a batch (five arrays); and, of one micro-batch, what each
+    layer adds to the residual stream.
+    """
+    tokens, width = config.data.batch_size * config.data.seq_len, jnp.dtype(config.compute.dtype).itemsize
+    stream = tokens // config.train.accumulate * config.model.d_model * config.model.num_layers * width
+    return 12 * config.model.num_params() + 20 * tokens + stream
 
 
 def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     """Trains, or goes on with, the run in ``folder``; returns the exit code."""
     begin = time.perf_counter()
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-    first = jax.process_index() == 0
 
     # ---------------------------------------------------------------- mesh, model, optimizer
-    mesh, trainer = build(config)
+    mesh, trainer = check(config)
     model = config.model
     say(f"model: {model.num_params():,} parameters ({model.num_active_params():,} active) on {mesh.size} device(s)")
 
-    # ---------------------------------------------------------------- run folder
+    # ---------------------------------------------------------------- run folder: only looked at so far
     run_folder = RunFolder(folder)
-    run_folder.create()
-    if run_folder.config.exists():
+    run_folder.check()
+    if run_folder.has_checkpoint():
         refuse_other_run(run_folder.read_config(), config, folder)
-    if first:
-        run_folder.write_config(config)
 
     # ---------------------------------------------------------------- data, while the step compiles
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        compiling = pool.submit(compile_step, trainer, batch_shapes(config, mesh))
-        corpus = prepare(config.data, cache_dir() / "data", progress=say)
-        report = corpus.report
-        say(
-            f"data: {report.num_training} documents, {report.training_tokens:,} tokens to train on; "
-            f"{report.num_held_out} documents held out; {len(report.duplicates)} near-duplicates dropped"
+    step = InBackground(lambda: compile_step(trainer, batch_shapes(config, mesh)))
+    corpus = prepare(config.data, cache_dir() / "data", progress=say)
+    report = corpus.report
+    say(
+        f"data: {report.num_training} documents, {report.training_tokens:,} tokens to train on; "
+        f"{report.num_held_out} documents held out; {len(report.duplicates)} near-duplicates dropped"
+    )
+    if corpus.tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {model.vocab_size}; the tokenizer has {corpus.tokenizer.vocab_size} entries"
         )
-        if corpus.tokenizer.vocab_size > model.vocab_size:
-            raise UserError(
-                f"model.vocab_size is {model.vocab_size}; the tokenizer has {corpus.tokenizer.vocab_size} entries"
-            )
-        batches = make_batches(
-            corpus, config.data, host_index=jax.process_index(), num_hosts=jax.process_count()
-        )
-        if first and not run_folder.tokenizer.exists():
-            run_folder.tokenizer.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
-        step = compiling.result()
+    batches = make_batches(corpus, config.data, host_index=jax.process_index(), num_hosts=jax.process_count())
 
     # ---------------------------------------------------------------- restore, train
-    checkpoints = Checkpoints(run_folder.checkpoints, keep=config.checkpoint.keep)
+    first = jax.process_index() == 0
+    if first and not run_folder.has_checkpoint():
+        run_folder.write(config, corpus.tokenizer)
     job = Job(
         trainer=trainer,
-        step=step,
+        step=step.result(),
         place=lambda batch: place_batch(batch, mesh),
         batches=batches,
-        checkpoints=checkpoints,
+        checkpoints=Checkpoints(run_folder.checkpoints, keep=config.checkpoint.keep),
         evaluate=held_out_evaluation(config, trainer, corpus, mesh),
         flops_per_token=model.flops_per_token(config.data.seq_len),
         begin=begin,
     )
-    return train(config, run_folder, job, quiet=quiet)
+    state, counters = restore_or_init(config, job)
+    if first:  # nothing speaks against going on: the folder now describes the run as it is continued
+        run_folder.write(config, corpus.tokenizer)
+    return train(config, run_folder, job, state, counters, quiet=quiet)
+
+
+class InBackground:
+    """A computation on a thread of its own, which nobody waits for if the process ends before."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self._function = function
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        """What it returned; raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 def refuse_other_run(found: Any, config: Pretrain, folder: pathlib.Path) -> None:

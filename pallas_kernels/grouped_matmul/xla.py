@@ -80,10 +80,10 @@ def _until(x, row, end):
 
 
 def _outer(x_RA, y_RB):
-    """x^T y; the narrower operand is the one to transpose on XLA:CPU."""
+    """x^T y; the narrower operand is the one to transpose on XLA:CPU, and the barrier keeps it so."""
     if x_RA.shape[1] <= y_RB.shape[1]:
         return jax.lax.dot_general(x_RA, y_RB, (((0,), (0,)), ((), ())))
-    return jax.lax.dot_general(y_RB, x_RA, (((0,), (0,)), ((), ()))).T
+    return jax.lax.optimization_barrier(jax.lax.dot_general(y_RB, x_RA, (((0,), (0,)), ((), ())))).T
 
 
 def _forward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, block):

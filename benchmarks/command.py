@@ -1,0 +1,63 @@
+"""The command line of ``scripts/bench``."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import pathlib
+import subprocess
+import sys
+import venv
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, arg
+
+from benchmarks.timing import ROOT, compare
+
+TORCH = "torch==2.13.0"
+
+
+def train(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    model: Annotated[Literal["dense", "moe"], arg(help="10.5M parameters dense, or 8 experts top-2")] = "dense",
+    rounds: Annotated[int, arg(help="turns of each contender")] = 5,
+    steps: Annotated[int, arg(help="timed steps in a turn")] = 3,
+    torch: Annotated[bool, arg(help=f"time PyTorch as well; installs {TORCH} into .venv-torch")] = False,
+    compiled: Annotated[bool, arg(help="with --torch, time torch.compile too")] = False,
+) -> None:
+    """Time the training step of one model in dsjax and in bare JAX, in alternation, on an idle machine."""
+    target = pathlib.Path(os.environ.get("DSJAX_CALLED_FROM", "."), json) if json else None
+    if target is not None and not target.parent.is_dir():
+        sys.exit(f"--json {json}: the folder {target.parent} does not exist")
+    names = ["dsjax", "bare_jax", *(["torch"] if torch else []), *(["torch_compile"] if torch and compiled else [])]
+    interpreter = torch_interpreter() if torch else ""
+    pythons = {"torch": interpreter, "torch_compile": interpreter} if torch else None
+    text = json_format.dumps(compare(names, model, rounds=rounds, steps=steps, pythons=pythons), indent=1)
+    print(text)
+    if target is not None:
+        target.write_text(text + "\n")
+
+
+def torch_interpreter() -> str:
+    """The interpreter of an environment with PyTorch, made if it is missing; the project's own never gets it."""
+    folder = ROOT / ".venv-torch"
+    python, done = folder / "bin" / "python", folder / "installed"
+    if not done.exists():
+        print(f"installing {TORCH} into {folder.name}", file=sys.stderr)
+        venv.create(folder, with_pip=True)
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", TORCH, "numpy"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        done.touch()
+    return str(python)
+
+
+def main() -> None:
+    app = tyro.extras.SubcommandApp()
+    app.command(train)
+    app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
+
+
+if __name__ == "__main__":
+    main()
