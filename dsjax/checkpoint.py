@@ -40,8 +40,10 @@ class Checkpoints:
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of what it raises
         self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(read_only=True) if read_only else ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True)
+            if read_only
+            else ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         )
         self.folder = folder.resolve()
         handlers = {"state": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()}

@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -136,7 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     # The interpreter would take a second to free what the process gives back anyway, and it aborts on a compilation
     # that nobody waits for any more. Whatever must be closed has been closed by the command.
     os._exit(code)
@@ -153,6 +155,11 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("dsjax: interrupted", file=sys.stderr)
         code = 130
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"dsjax: {OUT_OF_MEMORY}: {one_line(str(error))[:200]}", file=sys.stderr)
+        code = 2
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -167,7 +174,7 @@ def parse(arguments: list[str]) -> Callable[[], int]:
     """
     app = tyro.extras.SubcommandApp()
     for name, command in {"train": train, "eval": evaluate, "generate": generate, "inspect": inspect}.items():
-        app.command(deferred(command), name=name)
+        app.command(name=name)(deferred(command))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -177,14 +184,18 @@ def parse(arguments: list[str]) -> Callable[[], int]:
     except SystemExit as stop:
         if not stop.code:  # help, printed
             return lambda: 0
-        # Tyro draws a box with a title, and rules between its parts.
-        rows = [row.strip("│ ") for row in said.getvalue().splitlines()[1:-1]]
-        said_once = " ".join(";" if row.startswith("─") else row for row in rows)
-        sentence = re.sub(r"[.]? ;", ";", re.sub(r"For full helptext, (run|see):?", "see", said_once))
-        raise UserError(sentence[:1].lower() + sentence[1:]) from None
+        raise UserError(unboxed(said.getvalue())) from None
 
 
-def deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+def unboxed(said: str) -> str:
+    """What Tyro says in a box with rules between its parts, as one sentence."""
+    rows = [row.strip("│| ") for row in said.splitlines()[1:-1]]
+    text = " ".join(";" if set(row) <= set("─-") else row for row in rows)
+    text = re.sub(r"[.]? ;", ";", re.sub(r"For full helptext, (run|see):?", "see", text)).strip(" ;")
+    return text[:1].lower() + text[1:]
+
+
+def deferred(command: Any) -> Callable[..., Callable[[], int]]:
     """As ``command``, but returns what is left to call."""
 
     @functools.wraps(command)
@@ -198,6 +209,8 @@ def one_line(text: str) -> str:
     """``text`` with line breaks as spaces and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
 
+
+OUT_OF_MEMORY = "out of memory; a smaller data.batch_size or data.seq_len, or a larger train.accumulate needs less"
 
 DESCRIPTION = """The DeepSeek lineage in JAX: train, evaluate and sample language models from one config.
 

@@ -20,7 +20,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -44,14 +44,16 @@ class Bounds:
 
     def __str__(self) -> str:
         parts = [(">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt)]
-        return " and ".join(f"{sign} {value:,}" for sign, value in parts if math.isfinite(value))
+        shown = [(sign, f"{value:,}" if isinstance(value, int) else f"{value:g}") for sign, value in parts]
+        return " and ".join(f"{sign} {value}" for sign, value in shown if not value.endswith("inf"))
 
 
-PositiveInt = Annotated[int, Bounds(ge=1, le=2**48)]
-NonNegativeInt = Annotated[int, Bounds(ge=0, le=2**48)]
+# What JAX counts in int32 and float32 can not be larger.
+PositiveInt = Annotated[int, Bounds(ge=1, lt=2**31)]
+NonNegativeInt = Annotated[int, Bounds(ge=0, lt=2**31)]
 Seed = Annotated[int, Bounds(ge=0, lt=2**32)]
-PositiveFloat = Annotated[float, Bounds(gt=0)]
-NonNegativeFloat = Annotated[float, Bounds(ge=0)]
+PositiveFloat = Annotated[float, Bounds(gt=0, lt=1e38)]
+NonNegativeFloat = Annotated[float, Bounds(ge=0, lt=1e38)]
 Share = Annotated[float, Bounds(ge=0, le=1)]
 OpenShare = Annotated[float, Bounds(ge=0, lt=1)]
 
@@ -59,10 +61,12 @@ OpenShare = Annotated[float, Bounds(ge=0, lt=1)]
 # ---------------------------------------------------------------- types of fields
 
 
-@functools.cache
+_type_hints: Callable[..., dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
 def _fields(cls: type) -> dict[str, Any]:
     """Name -> annotation of a config class, resolved, ``Annotated`` kept."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
@@ -288,7 +292,8 @@ def _check(value: Any, annotation: Any, key: str) -> None:
     elif len(_options(annotation)) > 1:
         for option in args:
             try:
-                return _check(value, option, key)
+                _check(value, option, key)
+                return
             except UserError:
                 continue
         raise wrong
@@ -329,8 +334,10 @@ def load_config(path: str | pathlib.Path) -> Any:
     if path.suffix != ".py":
         raise UserError(f"config {path} must be a Python file (.py) with get_config()")
     spec = importlib.util.spec_from_file_location(f"dsjax_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
     # A variant calls the base beside it: `from tiny import get_config as base`.
     before = sys.path[:]
     sys.path.insert(0, str(path.parent.resolve()))
@@ -408,14 +415,14 @@ def _config_class(name: Any) -> type:
         raise UserError(f"the class {_shown(name)} is none of dsjax, and no other can be read")
     module_name, _, class_name = name.partition(":")
     try:
-        cls = getattr(importlib.import_module(module_name), class_name, None)
+        cls: Any = getattr(importlib.import_module(module_name), class_name, None)
     except ImportError:
         cls = None
     missing = dataclasses.MISSING
     if not (
         isinstance(cls, type)
         and _is_config(cls)
-        and cls.__dataclass_params__.frozen
+        and vars(cls)["__dataclass_params__"].frozen
         and all(f.init and (f.default, f.default_factory) != (missing, missing) for f in dataclasses.fields(cls))
     ):
         raise UserError(f"the class {name!r} is no config of this version")

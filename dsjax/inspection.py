@@ -18,8 +18,9 @@ def inspect_run(folder: pathlib.Path, *, as_json: bool = False) -> None:
     arrays, host, step = RunFolder(folder).open_checkpoints().load_numpy()
     hashes = state_hashes(arrays, host)
     num_params = sum(x.size for name, x in arrays.items() if name.startswith("params/"))
-    found = {"step": step, "num_params": num_params, "state_hash": combined_hash(hashes), "hashes": hashes}
+    state_hash = combined_hash(hashes)
     if as_json:
+        found = {"step": step, "num_params": num_params, "state_hash": state_hash, "hashes": hashes}
         print(json.dumps(found, indent=1))
         return
     from rich.console import Console
@@ -28,7 +29,7 @@ def inspect_run(folder: pathlib.Path, *, as_json: bool = False) -> None:
     table = Table(title=str(folder), show_header=False, title_justify="left")
     table.add_row("step", str(step))
     table.add_row("num_params", f"{num_params:,}")
-    table.add_row("state_hash", found["state_hash"])
+    table.add_row("state_hash", state_hash)
     for part, digest in hashes.items():
         table.add_row(f"  {part}", digest)
     Console(width=100).print(table)

@@ -19,16 +19,17 @@ from dsjax.config import UserError
 def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file whole or not at all."""
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = pathlib.Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -56,7 +57,8 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 class MetricsLog:
     """Appends records to ``metrics.jsonl`` and, if asked, to TensorBoard event files beside it.
 
-    JSON has no NaN: a value that is not finite is null in the file. On a resumed run the records behind the restored step are dropped: those steps are done again.
+    JSON has no NaN: a value that is not finite is null. On a resumed run the records behind the restored step are
+    dropped: those steps are done again.
     """
 
     def __init__(self, folder: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = False):
@@ -73,7 +75,9 @@ class MetricsLog:
                 raise UserError(
                     "log.tensorboard is true, but tensorboardX is not installed: pip install 'dsjax[tensorboard]'"
                 ) from None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
+            )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         record: dict[str, Any] = {"step": step}

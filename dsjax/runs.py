@@ -1,4 +1,7 @@
-"""A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``tokenizer.json``, ``loss.png``, ``report.md``."""
+"""A run is a folder.
+
+It holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``tokenizer.json``, ``loss.png``, ``report.md``.
+"""
 
 from __future__ import annotations
 

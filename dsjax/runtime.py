@@ -28,7 +28,9 @@ def configure() -> None:
     try:
         jax.devices()
     except RuntimeError as error:
-        raise UserError(f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}): {error}") from None
+        raise UserError(
+            f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}): {error}"
+        ) from None
     if not gc.isenabled():
         gc.freeze()  # what the imports made stays
         gc.enable()

@@ -58,9 +58,15 @@ def write_corpus(folder: pathlib.Path, *, seed: int = 0) -> None:
 
 def small(corpus: str | None = None) -> Pretrain:
     return Pretrain(
-        model=DecoderConfig(vocab_size=300, d_model=8, num_layers=1, groups=(LayerGroup(MLPConfig(d_ff=16), ATTENTION),)),
+        model=DecoderConfig(
+            vocab_size=300, d_model=8, num_layers=1, groups=(LayerGroup(MLPConfig(d_ff=16), ATTENTION),)
+        ),
         data=DataConfig(
-            sources=(Source(corpus or str(home() / "corpus")),), vocab_size=300, seq_len=16, batch_size=8, held_out_share=0.2
+            sources=(Source(corpus or str(home() / "corpus")),),
+            vocab_size=300,
+            seq_len=16,
+            batch_size=8,
+            held_out_share=0.2,
         ),
         optim=OptimConfig(lr=1e-2, warmup_steps=2),
         train=TrainConfig(steps=8, log_every=4),
@@ -70,7 +76,9 @@ def small(corpus: str | None = None) -> Pretrain:
 
 def small_moe() -> Pretrain:
     moe = LayerGroup(MoEConfig(num_experts=4, top_k=2, d_ff=8, num_shared_experts=1), ATTENTION)
-    model = DecoderConfig(vocab_size=300, d_model=8, num_layers=2, groups=(LayerGroup(MLPConfig(d_ff=16), ATTENTION, 1), moe))
+    model = DecoderConfig(
+        vocab_size=300, d_model=8, num_layers=2, groups=(LayerGroup(MLPConfig(d_ff=16), ATTENTION, 1), moe)
+    )
     return dataclasses.replace(small(), model=model)
 
 
@@ -112,7 +120,8 @@ class Child:
 
     def __init__(self, *arguments: str, code: str = "", env: dict[str, str] | None = None, cwd: Any = None):
         core = min(os.sched_getaffinity(0))
-        program = [sys.executable, "-c", f"{code}\nfrom dsjax.cli import main\nmain()"]
+        pin = f"import os\nos.sched_setaffinity(0, {{{core}}})\n"
+        program = [sys.executable, "-c", f"{pin}{code}\nfrom dsjax.cli import main\nmain()"]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         self.process = subprocess.Popen(
             [*program, *arguments],
@@ -121,7 +130,6 @@ class Child:
             text=True,
             cwd=cwd,
             env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": path, "DSJAX_CACHE": str(home() / "cache")} | (env or {}),
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
         self.said = ""
 

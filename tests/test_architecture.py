@@ -25,7 +25,7 @@ LAYERS = (
     ("dsjax.sharding", "dsjax.metrics", "dsjax.checkpoint"),
     ("dsjax.nn",),
     ("dsjax.models",),
-    ("dsjax.sharding_table", "dsjax.data", "dsjax.train.losses"),
+    ("dsjax.sharding_table", "dsjax.data"),
     ("dsjax.runs",),
     ("dsjax.runtime", "dsjax.inspection", "dsjax.infer"),
     ("dsjax.evals",),

@@ -122,7 +122,7 @@ def test_an_optional_part_can_be_left_out() -> None:
         ("rate=1e400", "rate is '1e400'; it must be a number > 0"),
         ("flag=1", "flag is '1'; it must be true or false"),
         ("kind=cosin", "kind is 'cosin'; it must be one of linear, cosine; did you mean cosine?"),
-        ("window=wide", "window is 'wide'; it must be an integer >= 1 and <= 281,474,976,710,656 or none"),
+        ("window=wide", "window is 'wide'; it must be an integer >= 1 and < 2,147,483,648 or none"),
         ("sizes=1,x", "sizes is 'x'; it must be an integer"),
         ("sizes=1,,2", "sizes is ''; it must be an integer"),
         ("sizes.2=1", "unknown key sizes.2; sizes is a list without an entry '2': its entries are 0 to 1"),
@@ -187,7 +187,10 @@ def test_a_part_set_and_left_out_is_refused() -> None:
         (Every(sizes=[1]), "sizes is [1]; it must be a list of an integer"),
         (Every(sizes=(1, "2")), "sizes.1 is '2'; it must be an integer"),
         (Every(layers=(Layer(ffn=Mesh()),)), "layers.0.ffn is a Mesh; it must be Dense or Sparse"),
-        (Every(layers=(Layer(Dense(0)),)), "layers.0.ffn.width is 0; it must be an integer >= 1 and <= 281,474,976,710,656"),
+        (
+            Every(layers=(Layer(Dense(0)),)),
+            "layers.0.ffn.width is 0; it must be an integer >= 1 and < 2,147,483,648",
+        ),
         (Every(extra=3), "extra is 3; it must be Dense or none"),
     ],
 )
@@ -205,10 +208,22 @@ def test_what_only_the_class_knows_is_named_with_the_full_key() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["model.groups.0.attention.num_kv_heads=3", "model.groups.0.num_layers=3", "data.vocab_size=100", "model.vocab_size=511",
-     "train.accumulate=3", "data.sources.0.weight=0", "mesh.data=0", "mesh=data=-1,fsdp=-1", "train.steps=2147483648",
-     "model.groups.0.attention.window=0", "data.held_out_share=1", "checkpoint.keep=0", "train.seed=-1"],
-)  # fmt: skip
+    [
+        "model.groups.0.attention.num_kv_heads=3",
+        "model.groups.0.attention.window=0",
+        "model.groups.0.num_layers=3",
+        "model.vocab_size=511",
+        "data.vocab_size=100",
+        "data.sources.0.weight=0",
+        "data.held_out_share=1",
+        "train.accumulate=3",
+        "train.steps=2147483648",
+        "train.seed=-1",
+        "checkpoint.keep=0",
+        "mesh.data=0",
+        "mesh=data=-1,fsdp=-1",
+    ],
+)
 def test_sizes_that_do_not_go_together_are_refused(override: str) -> None:
     with pytest.raises(UserError):
         validate(apply_overrides(load_config(TINY), [override]))
@@ -227,19 +242,26 @@ def test_sizes_that_do_not_go_together_are_refused(override: str) -> None:
         ("train.accumulate=4", "data.batch_size / train.accumulate is 2"),
         ("mesh=data=1,tensor=8 model.groups.0.attention.num_kv_heads=4", "mesh.tensor is 8"),
         ("mesh=data=1,context=8 data.seq_len=60", "mesh.context is 8; it must divide data.seq_len, 60"),
-        ("model.d_model=1000000000000", "this machine has"),
-        ("model.num_layers=1000000000000", "this machine has"),
-        ("model.vocab_size=281474976710656", "this machine has"),
-        ("model.groups.0.ffn.d_ff=1000000000000", "this machine has"),
-        ("data.seq_len=1000000000000", "data.seq_len=1000000000000"),
-        ("data.batch_size=1000000000000", "data.batch_size=1000000000000"),
+        ("model.d_model=1000000000000", "model.d_model is 1000000000000; it must be an integer >= 1 and < 2,147,483,648"),
+        ("model.groups.0.attention.window=1000000000000", "model.groups.0.attention.window is 1000000000000"),
+        ("optim.lr=1e300", "optim.lr is 1e+300; it must be a number > 0 and < 1e+38"),
+        ("model.d_model=2000000000", "model.d_model=2000000000"),
+        ("model.num_layers=2000000000", "model.num_layers=2000000000"),
+        ("model.vocab_size=2000000000", "model.vocab_size=2000000000"),
+        ("model.groups.0.ffn.d_ff=2000000000", "this machine has"),
+        ("data.seq_len=2000000000", "data.seq_len=2000000000"),
+        ("data.batch_size=2000000000", "data.batch_size=2000000000"),
     ],
 )
 def test_what_does_not_fit_eight_devices_or_the_memory_is_refused_before_compiling(override: str, named: str) -> None:
     config = apply_overrides(load_config(TINY), override.split())
-    with pytest.raises(UserError) as error:
+
+    def check() -> None:
         validate(config)
         pretrain.check(config)
+
+    with pytest.raises(UserError) as error:
+        check()
     assert named in str(error.value)
 
 
@@ -350,5 +372,7 @@ def test_a_path_that_no_file_can_have_is_refused() -> None:
 def test_a_variant_imports_the_config_beside_it(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a_base_config.py").write_text(TINY.read_text())
     variant = "import dataclasses\nfrom a_base_config import get_config as base\n"
-    (tmp_path / "variant.py").write_text(variant + "def get_config(): return dataclasses.replace(base(), log=base().log)\n")
+    (tmp_path / "variant.py").write_text(
+        variant + "def get_config(): return dataclasses.replace(base(), log=base().log)\n"
+    )
     assert load_config(tmp_path / "variant.py") == load_config(TINY)

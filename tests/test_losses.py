@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsjax.nn.history import Copy
-from dsjax.train.losses import cross_entropy, token_losses
+from dsjax.nn.losses import cross_entropy, token_losses
 
 
 def inputs(B=2, T=12, D=8, V=20, seed=0):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32, Integer
+from jaxtyping import Bool, Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsjax.config import UserError
@@ -76,6 +76,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " T"], *, skip_special: bool = True) -> str:
         """The text of ids; bytes that form no UTF-8 (a cut character) become U+FFFD."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def extensions(self, token: int) -> Bool[np.ndarray, " V"]:
+        """Which ids stand for text that begins with the text of ``token``, itself included."""
+        special = set(self.special_ids.values())
+        start = self._inner.id_to_token(token)
+        names = [self._inner.id_to_token(i) or "" for i in range(self.vocab_size)]
+        return np.array([i == token or (i not in special and name.startswith(start)) for i, name in enumerate(names)])
 
     def to_json(self) -> str:
         """The tokenizer.json of this tokenizer."""

@@ -16,7 +16,7 @@ from dsjax.data.pipeline import eval_windows
 from dsjax.data.prepare import HeldOut
 from dsjax.nn.masks import Documents
 from dsjax.sharding import use_mesh
-from dsjax.train.losses import token_losses
+from dsjax.nn.losses import token_losses
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "mesh"))

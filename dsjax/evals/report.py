@@ -17,7 +17,7 @@ from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.evals.compressors import xz_bits
 from dsjax.evals.functions import FunctionPrompt, cut_body, function_prompts, parses, wilson_interval
 from dsjax.evals.ngram import KneserNey
-from dsjax.infer.engine import complete
+from dsjax.infer.engine import complete, heal
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.metrics import Progress, plot_loss, read_metrics, write_atomic
 from dsjax.runs import LoadedModel, RunFolder, cache_dir, load_model
@@ -111,12 +111,21 @@ def sample_bodies(model: LoadedModel, prompts: list[FunctionPrompt], batch_size:
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
         ids = [_context_ids(tokenizer, p.context, length - new - 1) for p in part]
+        healed, first_tokens = zip(*(heal(tokenizer, i) for i in ids), strict=True)
         rows = complete(
-            model.graph, model.params, ids, max_tokens=new, end_id=tokenizer.end_id, max_length=length,
-            sampling=SAMPLING, seed=first,
-        )  # fmt: skip
-        for prompt, row in zip(part, rows, strict=True):
-            bodies.append(cut_body(tokenizer.decode(row), prompt.indent, ended=len(row) < new))
+            model.graph,
+            model.params,
+            healed,
+            max_tokens=new,
+            end_id=tokenizer.end_id,
+            max_length=length,
+            sampling=SAMPLING,
+            seed=first,
+            first_tokens=first_tokens,
+        )
+        for prompt, before, row in zip(part, ids, rows, strict=True):
+            text = tokenizer.decode(row)[len(tokenizer.decode(before[-1:])) :]
+            bodies.append(cut_body(text, prompt.indent, ended=len(row) < new))
     return bodies
 
 
@@ -134,8 +143,14 @@ def _parse_figures(
     rng = np.random.default_rng(0)
 
     def ngram_body(prompt: FunctionPrompt) -> str:
-        row = ngram.sample(rng, np.array(_context_ids(tokenizer, prompt.context, 16)), new)
-        return cut_body(tokenizer.decode(row), prompt.indent, ended=len(row) < new)[0]
+        ids = _context_ids(tokenizer, prompt.context, 16)
+        last = tokenizer.decode(ids[-1:])
+        healed, first = heal(tokenizer, ids)
+        p = ngram.distribution(np.array(healed)) * first
+        ids[-1] = int(rng.choice(len(p), p=p / p.sum()))
+        row = [ids[-1], *ngram.sample(rng, np.array(ids), new - 1)]
+        text = tokenizer.decode(row)[len(last) :]
+        return cut_body(text, prompt.indent, ended=len(row) < new)[0]
 
     def real_body(prompt: FunctionPrompt) -> str:
         row = tokenizer.encode(prompt.body)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pathlib
 
 from dsjax.config import UserError, validate
-from dsjax.infer.engine import generate
+from dsjax.infer.engine import generate, heal
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.runs import RunFolder, load_model
 
 
-def stream(
-    folder: pathlib.Path, prompt: str, *, max_tokens: int, temperature: float, top_p: float, seed: int
-) -> None:
+def stream(folder: pathlib.Path, prompt: str, *, max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Prints prompt and continuation to standard output.
 
     Raises:
@@ -30,22 +28,23 @@ def stream(
     model = load_model(RunFolder(folder))
     tokenizer = model.tokenizer
     ids = [tokenizer.end_id, *tokenizer.encode(prompt).tolist()]
-    print(prompt, end="", flush=True)
-    new: list[int] = []
-    shown = 0
+    healed, first = heal(tokenizer, ids)
+    new: list[int] = healed[1:]
+    text, shown = prompt, 0
     for part in generate(
         model.graph,
         model.params,
-        [ids],
+        [healed],
         max_tokens=max_tokens,
         end_id=tokenizer.end_id,
         max_length=model.config.data.seq_len,
         sampling=sampling,
         seed=seed,
+        first_tokens=[first],
     ):
         new += part[0].tolist()
         text = tokenizer.decode(new)
         whole = text[:-1] if text.endswith("�") else text  # a character may be cut between tokens
         print(whole[shown:], end="", flush=True)
         shown = max(shown, len(whole))
-    print(tokenizer.decode(new)[shown:])
+    print(text[shown:])

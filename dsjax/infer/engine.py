@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import UserError
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.sampling import SamplingConfig, sample
 from dsjax.nn.cache import Cache
 from dsjax.nn.masks import Documents
@@ -71,6 +72,7 @@ def generate(
     sampling: SamplingConfig = SamplingConfig(),
     seed: int = 0,
     steps: int = 16,
+    first_tokens: Sequence[np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, yielding (B, n) new tokens at a time until all rows have ended.
 
@@ -85,6 +87,7 @@ def generate(
         sampling: how to choose.
         seed: of the choices.
         steps: tokens decoded between two yields.
+        first_tokens: for each prompt a mask of the V tokens that may come first (see :func:`heal`).
 
     Raises:
         UserError: a prompt is empty or leaves no room.
@@ -102,6 +105,10 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)], ids_BT[row, : len(prompt)] = prompt, 1
     logits_BV, cache = prefill(graph, params, jnp.asarray(tokens_BT), jnp.asarray(ids_BT), slots)
+    if first_tokens is not None:
+        allowed_BV = np.stack(first_tokens)
+        allowed_BV = np.pad(allowed_BV, ((0, 0), (0, logits_BV.shape[1] - allowed_BV.shape[1])))
+        logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
     key, ended_B, left = jax.random.key(seed), np.zeros(len(prompts), bool), max_tokens
     while left > 0 and not ended_B.all():
         key, now = jax.random.split(key)
@@ -116,6 +123,17 @@ def generate(
                 ended_B[row] = True
         left -= new_BS.shape[1]
         yield new_BS
+
+
+def heal(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[list[int], np.ndarray]:
+    """A prompt without its last token, and a mask of the tokens that may stand in its place: those that extend it.
+
+    A text may end where the tokenizer would not have cut it: "):" and a newline are one token together with the
+    indentation that follows. So the last token is chosen again, with what comes behind it. A prompt of one token stays.
+    """
+    if len(prompt) < 2:
+        return list(prompt), np.ones(tokenizer.vocab_size, bool)
+    return list(prompt[:-1]), tokenizer.extensions(prompt[-1])
 
 
 def complete(graph: Any, params: Any, prompts: Sequence[Sequence[int]], *, end_id: int, **options: Any) -> list[list[int]]:

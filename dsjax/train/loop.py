@@ -107,9 +107,7 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def train(
-    config: Any, run: RunFolder, job: Job, state: TrainState, counters: Counters, *, quiet: bool = False
-) -> int:
+def train(config: Any, run: RunFolder, job: Job, state: TrainState, counters: Counters, *, quiet: bool = False) -> int:
     """Runs until the planned steps are done, a signal asks to stop, or the numbers stay bad.
 
     Returns:
@@ -172,7 +170,9 @@ def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
     job.batches.set_state(host["data"])
     counters = Counters(**host["loop"])
     if counters.iteration > asked:
-        raise UserError(f"train.steps is {asked}; the run in {job.checkpoints.folder.parent} is at step {counters.iteration}")
+        raise UserError(
+            f"train.steps is {asked}; the run in {job.checkpoints.folder.parent} is at step {counters.iteration}"
+        )
     if counters.asked_steps != asked:  # the user asks for another length
         counters.total_steps = counters.asked_steps = asked
     return state, counters
@@ -180,7 +180,8 @@ def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
 
 def new_state(job: Job, seed: int) -> TrainState:
     """The state that training begins with."""
-    return job.trainer.init(np.uint32(seed))
+    number: Any = np.uint32(seed)  # a seed may not fit int32
+    return job.trainer.init(number)
 
 
 def save(job: Job, state: TrainState, counters: Counters) -> None:
@@ -300,21 +301,19 @@ class Clock:
         values = self._job.evaluate(state.params)
         spent = time.perf_counter() - begin  # not training time
         self._mark = (self._mark[0] + spent, *self._mark[1:])
-        self._log.write(
-            counters.iteration, values | {"tokens_seen": counters.tokens_seen, "seconds": self.seconds()}
-        )
+        self._log.write(counters.iteration, values | {"tokens_seen": counters.tokens_seen, "seconds": self.seconds()})
         progress.note("  ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
     def _plan(self, counters: Counters, now: tuple[float, int, int]) -> None:
-        """Plans the number of steps to what fits, until the learning rate has begun to decay."""
+        """Plans the number of steps to what fits; once the learning rate decays, the plan only gets shorter."""
         train, optim = self._config.train, self._config.optim
-        decay = optim.decay_share if optim.schedule == "wsd" else 1.0
-        early = counters.iteration <= 2 * train.log_every
-        if not train.max_minutes or not (early or counters.iteration < counters.total_steps * (1 - decay)):
+        if not train.max_minutes:
             return
+        decay_begins = counters.total_steps * (1 - optim.decay_share) if optim.schedule == "wsd" else 0
+        most = train.steps if counters.iteration < max(decay_begins, optim.warmup_steps) else counters.total_steps
         per_step = (now[0] - self._loop[0]) / (now[1] - self._loop[1])
         fits = counters.iteration + (train.max_minutes * 60 - self.seconds()) / per_step
-        planned = int(np.clip(fits, counters.iteration + 1, train.steps))
+        planned = int(np.clip(fits, counters.iteration + 1, most))
         if jax.process_count() > 1:  # every host must stop at the same step
             from jax.experimental import multihost_utils
 

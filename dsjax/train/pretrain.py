@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dsjax.checkpoint import CheckpointConfig, Checkpoints
-from dsjax.config import Bounds, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError, to_dict
+from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError, to_dict
 from dsjax.data.batch import Batch
 from dsjax.data.pipeline import make_batches
 from dsjax.data.prepare import Corpus, DataConfig, prepare
@@ -48,7 +48,7 @@ class TrainConfig:
         seed: of the initial weights and of everything random in a step.
     """
 
-    steps: Annotated[int, Bounds(ge=1, lt=2**31)] = 1000  # the step counts in int32
+    steps: PositiveInt = 1000
     max_minutes: NonNegativeFloat = 0.0
     accumulate: PositiveInt = 1
     log_every: PositiveInt = 10
@@ -80,7 +80,8 @@ class Pretrain:
     def validate(self) -> None:
         if self.data.vocab_size > self.model.vocab_size:
             raise UserError(
-                f"model.vocab_size is {self.model.vocab_size}; it must be at least data.vocab_size, {self.data.vocab_size}"
+                f"model.vocab_size is {self.model.vocab_size};"
+                f" it must be at least data.vocab_size, {self.data.vocab_size}"
             )
         if self.data.batch_size % self.train.accumulate:
             raise UserError(
@@ -89,6 +90,7 @@ class Pretrain:
 
 
 def make_model(config: Pretrain, rngs: nnx.Rngs) -> Decoder:
+    """The model of a config, with new weights."""
     return Decoder(config.model, config.compute, rngs=rngs)
 
 
@@ -261,8 +263,8 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 def compile_step(trainer: Trainer, batch: Batch) -> Any:
     """The step as an executable."""
-    total = jax.ShapeDtypeStruct((), jnp.int32)
-    return trainer.step.lower(trainer.shapes, batch, total).compile()
+    total, step = jax.ShapeDtypeStruct((), jnp.int32), cast(Any, trainer.step)
+    return step.lower(trainer.shapes, batch, total).compile()
 
 
 def place_batch(batch: Batch, mesh: Any) -> Batch:

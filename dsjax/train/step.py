@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
 from dsjax.nn.masks import Leaf
 from dsjax.sharding import Rules, logical_axes, replicated, shardings, use_mesh
-from dsjax.train.losses import cross_entropy
+from dsjax.nn.losses import cross_entropy
 from dsjax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
@@ -135,15 +135,16 @@ def make_trainer(
 
 
 def state_shardings(shapes: TrainState, param_places: Any, mesh: Mesh) -> TrainState:
-    """Optimizer moments lie where their parameter lies; counters are replicated."""
+    """What the optimizer keeps of a parameter, or of each of its rows, lies where that lies; counters everywhere."""
     by_path = {_keys(path): place for path, place in jax.tree_util.tree_leaves_with_path(param_places)}
     shape_of = {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)}
 
     def place(path: tuple, leaf: Any) -> Any:
         keys = _keys(path)
         for start in range(len(keys)):
-            if shape_of.get(keys[start:]) == leaf.shape:
-                return by_path[keys[start:]]
+            shape = shape_of.get(keys[start:])
+            if leaf.ndim and shape is not None and leaf.shape == shape[: leaf.ndim]:
+                return NamedSharding(mesh, PartitionSpec(*by_path[keys[start:]].spec[: leaf.ndim]))
         return replicated(mesh)
 
     everywhere = replicated(mesh)
