@@ -242,7 +242,7 @@ def test_sizes_that_do_not_go_together_are_refused(override: str) -> None:
         ("train.accumulate=4", "data.batch_size / train.accumulate is 2"),
         ("mesh=data=1,tensor=8 model.groups.0.attention.num_kv_heads=4", "mesh.tensor is 8"),
         ("mesh=data=1,context=8 data.seq_len=60", "mesh.context is 8; it must divide data.seq_len, 60"),
-        ("model.d_model=1000000000000", "model.d_model is 1000000000000; it must be an integer >= 1 and < 2,147,483,648"),
+        ("model.d_model=1000000000000", "model.d_model is 1000000000000; it must be an integer"),
         ("model.groups.0.attention.window=1000000000000", "model.groups.0.attention.window is 1000000000000"),
         ("optim.lr=1e300", "optim.lr is 1e+300; it must be a number > 0 and < 1e+38"),
         ("model.d_model=2000000000", "model.d_model=2000000000"),

@@ -100,7 +100,7 @@ def test_healing_lets_a_prompt_end_inside_a_token() -> None:
     healed, first = heal(tokenizer, ids)
     assert healed == ids[:-1]
     assert first[whole[len(healed) - 1]]
-    allowed = [tokenizer.decode([i]) for i in np.flatnonzero(first)]
+    allowed = [tokenizer.decode([i]) for i in np.flatnonzero(first).tolist()]
     assert all(text.startswith(tokenizer.decode(ids[-1:])) for text in allowed)
     assert heal(tokenizer, [tokenizer.end_id])[0] == [tokenizer.end_id]
 

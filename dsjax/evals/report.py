@@ -148,7 +148,7 @@ def _parse_figures(
         healed, first = heal(tokenizer, ids)
         p = ngram.distribution(np.array(healed)) * first
         ids[-1] = int(rng.choice(len(p), p=p / p.sum()))
-        row = [ids[-1], *ngram.sample(rng, np.array(ids), new - 1)]
+        row = [ids[-1], *ngram.sample(rng, np.array(ids), new - 1).tolist()]
         text = tokenizer.decode(row)[len(last) :]
         return cut_body(text, prompt.indent, ended=len(row) < new)[0]
 
