@@ -39,7 +39,9 @@ class MeshConfig:
     def validate(self) -> None:
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         if 0 in sizes:
-            raise UserError(f"{MESH_AXES[sizes.index(0)]} is 0; a mesh axis has at least 1 device (-1: all that are left)")
+            raise UserError(
+                f"{MESH_AXES[sizes.index(0)]} is 0; a mesh axis has at least 1 device (-1: all that are left)"
+            )
         if sizes.count(-1) > 1:
             free = " and ".join(a for a in MESH_AXES if getattr(self, a) == -1)
             raise UserError(f"{free} are both -1; only one axis can take the devices that are left")
@@ -187,9 +189,7 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: 
 def logical_axes(module: nnx.Module) -> dict[str, Any]:
     """The logical axes of every variable of a module, in the shape of its pure dict."""
     state = nnx.split(module)[1]
-    axes = jax.tree.map(
-        lambda v: tuple(v.get_metadata()["axes"]), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
-    )
+    axes = jax.tree.map(lambda v: tuple(v.get_metadata()["axes"]), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return nnx.to_pure_dict(axes)
 
 

@@ -32,7 +32,9 @@ EVERYTHING = DecoderConfig(
     num_layers=3,
     groups=(
         LayerGroup(MLPConfig(d_ff=24), ATTENTION, num_layers=1),
-        LayerGroup(MoEConfig(num_experts=4, top_k=2, d_ff=8, num_shared_experts=1), dataclasses.replace(ATTENTION, window=5)),
+        LayerGroup(
+            MoEConfig(num_experts=4, top_k=2, d_ff=8, num_shared_experts=1), dataclasses.replace(ATTENTION, window=5)
+        ),
     ),
     ngram=NgramConfig(sizes=(2, 3), num_buckets=40, d_table=4),
     copy=CopyConfig(max_match=3),

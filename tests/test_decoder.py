@@ -88,7 +88,9 @@ def test_prompts_of_different_lengths_in_one_padded_prefill() -> None:
             np.testing.assert_allclose(got[row, 0], want, **CLOSE)
 
 
-@pytest.mark.parametrize("compute", [{"unroll": True}, {"remat": "dots"}, {"remat": "full"}, {"remat": "full", "unroll": True}])
+@pytest.mark.parametrize(
+    "compute", [{"unroll": True}, {"remat": "dots"}, {"remat": "full"}, {"remat": "full", "unroll": True}]
+)
 def test_how_it_is_computed_changes_no_gradient(compute: dict) -> None:
     cfg, params, tokens = EVERYTHING, weights(EVERYTHING), jnp.asarray(random_tokens(2, T))
 

@@ -64,7 +64,9 @@ def test_generation_of_a_ragged_batch_is_naive_decoding_row_by_row() -> None:
 def test_nothing_but_the_end_token_stands_behind_it() -> None:
     first = naive([1, 2, 3], 3)
     end = first[2] if first[2] not in first[:2] else first[0]
-    parts = list(generate(GRAPH, PARAMS, [[1, 2, 3]], max_tokens=9, end_id=end, max_length=64, sampling=GREEDY, steps=4))
+    parts = list(
+        generate(GRAPH, PARAMS, [[1, 2, 3]], max_tokens=9, end_id=end, max_length=64, sampling=GREEDY, steps=4)
+    )
     row = np.concatenate(parts, axis=1)[0].tolist()
     assert set(row[row.index(end) :]) == {end}
     assert len(row) <= 4 * -(-(row.index(end) + 1) // 4)  # and it stopped at the chunk in which the row ended

@@ -87,7 +87,10 @@ def test_adamw_by_hand_decays_matrices_alone(name: str, axes: tuple[str, ...], d
 
 
 def test_muon_updates_are_nearly_orthogonal_and_of_the_stated_size() -> None:
-    axes = {"w_k": ("layers", "embed", "kv_heads", "head_dim"), "w_out": ("kv_heads", "heads_per_kv", "head_dim", "embed")}
+    axes = {
+        "w_k": ("layers", "embed", "kv_heads", "head_dim"),
+        "w_out": ("kv_heads", "heads_per_kv", "head_dim", "embed"),
+    }
     rng = np.random.default_rng(0)
     params = {"w_k": jnp.zeros((2, 16, 2, 4)), "w_out": jnp.zeros((2, 1, 4, 16))}
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import UserError, apply_overrides, validate
+from dsjax.config import apply_overrides, validate
 from dsjax.data.batch import Batch
 from dsjax.data.prepare import DataConfig
 from dsjax.models.decoder import DecoderConfig, LayerGroup
@@ -17,7 +17,7 @@ from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.masks import Documents
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
-from dsjax.sharding import MeshConfig, make_mesh
+from dsjax.sharding import MeshConfig
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.pretrain import Pretrain, TrainConfig, build, place_batch
 

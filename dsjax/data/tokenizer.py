@@ -80,7 +80,7 @@ class Tokenizer:
     def extensions(self, token: int) -> Bool[np.ndarray, " V"]:
         """Which ids stand for text that begins with the text of ``token``, itself included."""
         special = set(self.special_ids.values())
-        start = self._inner.id_to_token(token)
+        start = self._inner.id_to_token(token) or ""
         names = [self._inner.id_to_token(i) or "" for i in range(self.vocab_size)]
         return np.array([i == token or (i not in special and name.startswith(start)) for i, name in enumerate(names)])
 

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from dsjax.data.batch import Batch
 from dsjax.data.pipeline import eval_windows
 from dsjax.data.prepare import HeldOut
+from dsjax.nn.losses import token_losses
 from dsjax.nn.masks import Documents
 from dsjax.sharding import use_mesh
-from dsjax.nn.losses import token_losses
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "mesh"))

@@ -91,7 +91,8 @@ def _figures(
         "held_out_bytes": sum(d.num_bytes for d in documents),
     }
     for name, values in (("", bits), ("ngram_", ngram_bits), ("xz_", compressed)):
-        figures[f"{name}bits_per_byte"], figures[f"{name}bits_per_byte_half_interval"] = bits_per_byte(values, documents)
+        value, half = bits_per_byte(values, documents)
+        figures |= {f"{name}bits_per_byte": value, f"{name}bits_per_byte_half_interval": half}
     gain, half = _paired_gain(bits, ngram_bits, documents)
     return figures | {"gain_over_ngram": gain, "gain_over_ngram_half_interval": half}
 
@@ -198,8 +199,8 @@ def markdown(report: dict[str, Any], title: str) -> str:
     for name, key in (("this model", ""), ("Kneser-Ney 5-gram, same tokens", "ngram_"), ("xz -9e, each file", "xz_")):
         value, half = r[f"{key}bits_per_byte"], r[f"{key}bits_per_byte_half_interval"]
         lines.append(f"| {name} | {value:.4f} | ± {half:.3f} |")
-    lines += ["", f"The model is {r['gain_over_ngram']:.1%} below the 5-gram (± {r['gain_over_ngram_half_interval']:.1%}, "
-              "paired over documents).", ""]  # fmt: skip
+    gain, half = r["gain_over_ngram"], r["gain_over_ngram_half_interval"]
+    lines += ["", f"The model is {gain:.1%} below the 5-gram (± {half:.1%}, paired over documents).", ""]
     if r["parse_share"] is not None:
         low, high = r["parse_share_interval"]
         lines += [

@@ -136,7 +136,9 @@ def heal(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[list[int], np.nda
     return list(prompt[:-1]), tokenizer.extensions(prompt[-1])
 
 
-def complete(graph: Any, params: Any, prompts: Sequence[Sequence[int]], *, end_id: int, **options: Any) -> list[list[int]]:
+def complete(
+    graph: Any, params: Any, prompts: Sequence[Sequence[int]], *, end_id: int, **options: Any
+) -> list[list[int]]:
     """The whole continuation of each prompt, without its end token (see :func:`generate`)."""
     parts = list(generate(graph, params, prompts, end_id=end_id, **options))
     rows = np.concatenate(parts, axis=1) if parts else np.zeros((len(prompts), 0), np.int32)

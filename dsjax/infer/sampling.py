@@ -20,7 +20,7 @@ class SamplingConfig:
     top_p: Share = 0.95
 
 
-def sample(logits_BV: Float[Array, "B V"], key: jax.Array, cfg: SamplingConfig) -> Int[Array, "B"]:
+def sample(logits_BV: Float[Array, "B V"], key: jax.Array, cfg: SamplingConfig) -> Int[Array, B]:
     """One token for each row (nucleus sampling: Holtzman et al. 2020)."""
     if cfg.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -69,25 +69,26 @@ class DecoderConfig:
         if len(open_groups) > 1:
             raise UserError("groups: only one group can leave num_layers open; give the others a number")
         if open_groups and fixed >= self.num_layers:
-            raise UserError(f"num_layers is {self.num_layers}; it must exceed the {fixed} of the groups that give theirs")
+            raise UserError(f"num_layers is {self.num_layers}; it must exceed the {fixed} that its groups give")
         if not open_groups and fixed != self.num_layers:
             raise UserError(f"num_layers is {self.num_layers}; its groups have {fixed}")
         thetas = {(g.attention.rope_theta, g.attention.head_dim) for g in self.groups}
         if len(thetas) > 1:
-            raise UserError(f"groups differ in (rope_theta, head_dim): {sorted(thetas)}; all layers share one rotary table")
+            raise UserError(
+                f"groups differ in (rope_theta, head_dim), {sorted(thetas)}; all layers share one rotary table"
+            )
 
-    def resolved_groups(self) -> tuple[LayerGroup, ...]:
-        """The groups with every ``num_layers`` filled in."""
-        fixed = sum(g.num_layers or 0 for g in self.groups)
-        rest = self.num_layers - fixed
-        return tuple(g if g.num_layers else dataclasses.replace(g, num_layers=rest) for g in self.groups)
+    def sized_groups(self) -> tuple[tuple[LayerGroup, int], ...]:
+        """Each group with its number of layers."""
+        rest = self.num_layers - sum(g.num_layers or 0 for g in self.groups)
+        return tuple((g, g.num_layers or rest) for g in self.groups)
 
     def _num_params(self, active: bool) -> int:
         V, D = self.vocab_size, self.d_model
         total = (1 if self.tied else 2) * V * D + D
-        for group in self.resolved_groups():
+        for group, num_layers in self.sized_groups():
             ffn = group.ffn.num_active_params(D) if active else group.ffn.num_params(D)
-            total += group.num_layers * (group.attention.num_params(D) + ffn + 2 * D)
+            total += num_layers * (group.attention.num_params(D) + ffn + 2 * D)
         if self.ngram is not None:
             total += self.ngram.num_params(D)
         if self.copy is not None:
@@ -99,7 +100,7 @@ class DecoderConfig:
         return self._num_params(active=False)
 
     def num_active_params(self) -> int:
-        """Parameters that one token can use: all but the experts that it does not visit (look-up tables count whole)."""
+        """Parameters that one token can use: all but the experts that it does not visit. Tables count whole."""
         return self._num_params(active=True)
 
     def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
@@ -112,16 +113,16 @@ class DecoderConfig:
         weights = self.vocab_size * D
         if self.ngram is not None:
             weights += len(self.ngram.sizes) * self.ngram.d_table * D
-        for group in self.resolved_groups():
+        for group, num_layers in self.sized_groups():
             attention = group.attention
-            weights += group.num_layers * (attention.num_matmul_params(D) + group.ffn.num_active_params(D))
+            weights += num_layers * (attention.num_matmul_params(D) + group.ffn.num_active_params(D))
             visible = attention.visible_positions(seq_len)
-            pairs += group.num_layers * attention.num_heads * attention.head_dim * visible
+            pairs += num_layers * attention.num_heads * attention.head_dim * visible
         return (3 if training else 1) * (2 * weights + 4 * pairs)
 
     def kv_bytes_per_token(self, dtype: Any = "bfloat16") -> int:
         """Bytes of the decode cache for one position of one sequence."""
-        channels = sum(g.num_layers * 2 * g.attention.num_kv_heads * g.attention.head_dim for g in self.resolved_groups())
+        channels = sum(n * 2 * g.attention.num_kv_heads * g.attention.head_dim for g, n in self.sized_groups())
         return channels * jnp.dtype(dtype).itemsize
 
 
@@ -214,9 +215,9 @@ class Decoder(nnx.Module):
             self.ngram = NgramEmbedding(cfg.ngram, D, rngs=rngs)
         if cfg.copy is not None:
             self.copy = CopyHead(cfg.copy, V, D, rngs=rngs)
-        for index, group in enumerate(cfg.resolved_groups()):
+        for index, (group, num_layers) in enumerate(cfg.sized_groups()):
             make = lambda rngs, group=group: Block(group, cfg, rngs=rngs)  # noqa: E731
-            setattr(self, f"group_{index}", stack_layers(make, group.num_layers, rngs))
+            setattr(self, f"group_{index}", stack_layers(make, num_layers, rngs))
         self.final_norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
         if not cfg.tied:
             self.w_logits = param(rngs, (D, V), ("embed", "vocab"), fan_in=D)
@@ -242,9 +243,9 @@ class Decoder(nnx.Module):
             x_BTD = shard(x_BTD.astype(self.compute.dtype), "batch", "length", None)
 
         caches, router = [], {}
-        for index, group in enumerate(self.cfg.resolved_groups()):
+        for index, (_, num_layers) in enumerate(self.cfg.sized_groups()):
             with jax.named_scope(f"group_{index}"):
-                x_BTD, layer_cache, stats = self._run_group(index, group, x_BTD, documents, history, rope, cache)
+                x_BTD, layer_cache, stats = self._run_group(index, num_layers, x_BTD, documents, history, rope, cache)
             caches.append(layer_cache)
             if stats is not None:
                 router[f"group_{index}"] = stats
@@ -255,7 +256,7 @@ class Decoder(nnx.Module):
         copy = self.copy.bonus(hidden_BTD, *match) if self.cfg.copy is not None else None
         return DecoderOutput(hidden_BTD, cache, router, self._auxiliary_losses(router), copy)
 
-    def _run_group(self, index, group, x_BTD, documents, history, rope, cache):
+    def _run_group(self, index, num_layers, x_BTD, documents, history, rope, cache):
         graph, weights = nnx.split(getattr(self, f"group_{index}"))
         lengths_B = None if cache is None else cache.lengths_B
 
@@ -275,16 +276,16 @@ class Decoder(nnx.Module):
             layer = jax.checkpoint(layer, policy=_REMAT[self.compute.remat], prevent_cse=False)
         layers = (nnx.to_pure_dict(weights), None if cache is None else cache.groups[index])
         if self.compute.unroll:
-            x_BTD, (layer_cache, stats) = _unrolled(layer, x_BTD, layers, group.num_layers)
+            x_BTD, (layer_cache, stats) = _unrolled(layer, x_BTD, layers, num_layers)
         else:
             x_BTD, (layer_cache, stats) = jax.lax.scan(layer, x_BTD, layers)
         return x_BTD, layer_cache, stats
 
     def _auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
         losses: dict[str, Any] = {}
-        groups = self.cfg.resolved_groups()
         for name, stats in router.items():
-            ffn = groups[int(name.removeprefix("group_"))].ffn
+            ffn = self.cfg.groups[int(name.removeprefix("group_"))].ffn
+            assert isinstance(ffn, MoEConfig)
             terms = (("balance", ffn.balance_coef, stats.balance_loss), ("router_z", ffn.z_coef, stats.z_loss))
             for loss, coef, value_L in terms:
                 if coef:
@@ -308,17 +309,15 @@ class Decoder(nnx.Module):
         """A cache for ``batch`` sequences of up to ``slots`` positions."""
         dtype = dtype or self.compute.dtype
         groups = []
-        for g in self.cfg.resolved_groups():
+        for g, num_layers in self.cfg.sized_groups():
             a = g.attention
-            kv = jnp.zeros((g.num_layers, batch, slots, a.num_kv_heads, a.head_dim), dtype)
-            conv = jnp.zeros((g.num_layers, batch, max(a.conv_taps - 1, 0), self.cfg.d_model), dtype)
+            kv = jnp.zeros((num_layers, batch, slots, a.num_kv_heads, a.head_dim), dtype)
+            conv = jnp.zeros((num_layers, batch, max(a.conv_taps - 1, 0), self.cfg.d_model), dtype)
             groups.append(LayerCache(kv, kv, conv))
         return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32))
 
 
-def _history(
-    tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | None
-) -> tuple[History, Cache | None]:
+def _history(tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | None) -> tuple[History, Cache | None]:
     """What is known of the tokens at and before the positions at hand; the cache with their tokens written."""
     steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     if cache is None:
@@ -343,7 +342,7 @@ def _unrolled(layer: Any, x: Any, stacked: Any, num_layers: int) -> tuple[Any, A
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _unstack(stacked: Any, num_layers: int) -> tuple[Any, ...]:
     """The layers of a stack; its gradient is one stack instead of a sum of padded slices."""
-    return tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(num_layers))
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
 
 
 _unstack.defvjp(

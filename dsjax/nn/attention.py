@@ -85,12 +85,12 @@ class Attention(nnx.Module):
         positions_BT: Int[Array, "B T"],
         rope: tuple[Float[Array, "B T h"], ...],
         cache: LayerCache | None = None,
-        lengths_B: Int[Array, "B"] | None = None,
+        lengths_B: Int[Array, B] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         conv_BCD = cache.conv_BCD if cache is not None else None
         if self.cfg.conv_taps:
             raw_BTD, x_BTD = x_BTD, self.conv(x_BTD, positions_BT, conv_BCD)
-            if cache is not None:
+            if conv_BCD is not None:
                 conv_BCD = last_inputs(conv_BCD, raw_BTD, jnp.sum(documents.ids_BT > 0, axis=1))
         q_BTKGH, k_BTKH, v_BTKH = (project(x_BTD, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         if self.cfg.qk_norm:
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
 
 
 def last_inputs(
-    before_BCD: Float[Array, "B C D"], x_BTD: Float[Array, "B T D"], new_B: Int[Array, "B"]
+    before_BCD: Float[Array, "B C D"], x_BTD: Float[Array, "B T D"], new_B: Int[Array, B]
 ) -> Float[Array, "B C D"]:
     """The last C inputs of each row when ``new_B`` of the T new ones count."""
     both = jnp.concatenate([before_BCD, x_BTD.astype(before_BCD.dtype)], axis=1)
@@ -130,7 +130,7 @@ def last_inputs(
 def cached_attention(
     q_BTKGH: Float[Array, "B T K G H"],
     cache: LayerCache,
-    lengths_B: Int[Array, "B"],
+    lengths_B: Int[Array, B],
     window: int | None,
 ) -> Float[Array, "B T K G H"]:
     """New queries against the slots of a cache: query t of a row sees slots up to ``lengths_B + t``."""

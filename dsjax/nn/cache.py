@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from dsjax.nn.masks import Leaf
@@ -27,7 +26,7 @@ class LayerCache:
 
 
 def append(
-    cache_BSX: Shaped[Array, "B S ..."], new_BTX: Shaped[Array, "B T ..."], lengths_B: Int[Array, "B"]
+    cache_BSX: Shaped[Array, "B S ..."], new_BTX: Shaped[Array, "B T ..."], lengths_B: Int[Array, B]
 ) -> Shaped[Array, "B S ..."]:
     """Writes T new positions of each row behind the ``lengths_B`` that it holds."""
 

@@ -119,9 +119,7 @@ class CopyConfig:
         return vocab_size * d_model + (self.max_match + 1) * (d_model + 2) + d_model
 
 
-def longest_match(
-    history: History, max_match: int
-) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+def longest_match(history: History, max_match: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """The token that followed the latest of the longest earlier matches of each position's suffix, and their length.
 
     A match of length m ends at an earlier slot of the document whose last m tokens are the position's last m; 0: the
@@ -194,7 +192,7 @@ class CopyHead(nnx.Module):
 
 
 class ShortConv(nnx.Module):
-    """``x_p + sum_i w_i * x_{p-i}`` per channel over the last few positions of the document (Canon layers, Allen-Zhu 2025).
+    """``x_p + sum_i w_i * x_{p-i}`` per channel over the last positions of the document (Canon layers, Allen-Zhu 2025).
 
     Zero at the start of training. Behind a cache it needs the inputs of the last ``num_taps - 1`` positions.
     """

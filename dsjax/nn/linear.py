@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from dsjax.sharding import current_mesh
 
 
-def project(x: Float[Array, "..."], w: Float[Array, "..."], num_inputs: int = 1) -> Float[Array, "..."]:
+def project(x: Float[Array, ...], w: Float[Array, ...], num_inputs: int = 1) -> Float[Array, ...]:
     """Contracts the last ``num_inputs`` dimensions of ``x`` with the first ones of ``w``, cast to the dtype of ``x``.
 
     On one device it is one product of two matrices, the form that XLA:CPU runs at the machine's peak; on a mesh the

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-
 # A field of a dataclass that is a pytree: an array, or whatever stands for one in a mapped tree (its shape, its
 # sharding). So the field's name tells the shape, and run-time checks are made where arrays enter functions.
 Leaf = Any

@@ -55,9 +55,7 @@ class OptimConfig:
     final_lr_share: Share = 0.0
 
 
-def learning_rate(
-    cfg: OptimConfig, step: Int[Array, ""] | int, total_steps: Int[Array, ""] | int
-) -> Float[Array, ""]:
+def learning_rate(cfg: OptimConfig, step: Int[Array, ""] | int, total_steps: Int[Array, ""] | int) -> Float[Array, ""]:
     """Share of the peak learning rate at ``step`` (from 0) of ``total_steps``, in [0, 1]."""
     step, total = jnp.asarray(step, jnp.float32), jnp.asarray(total_steps, jnp.float32)
     warmup = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
+from dsjax.nn.losses import cross_entropy
 from dsjax.nn.masks import Leaf
 from dsjax.sharding import Rules, logical_axes, replicated, shardings, use_mesh
-from dsjax.nn.losses import cross_entropy
 from dsjax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]

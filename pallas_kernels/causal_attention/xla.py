@@ -150,8 +150,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles):
 
 def _backward(window, tiles, saved, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, log = saved
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
+    (B, T, _, H), K = q_BTNH.shape, k_BTKH.shape[2]
     block, padded, spans = _spans(T, window, tiles)
     q = _heads_first(_pad(q_BTNH * jnp.asarray(H**-0.5 * LOG2_E, q_BTNH.dtype), padded), K)
     do = _heads_first(_pad(do_BTNH, padded), K)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def dispatch_reference(x_TD: np.ndarray, experts_TX: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of all pairs (token, expert) with 0 <= expert < E, by expert, then token, then choice; and rows per expert."""
+    """Rows of all pairs (token, expert) with 0 <= expert < E, by expert, token, choice; and each expert's count."""
     pairs = [
         (expert, token, choice)
         for token, chosen in enumerate(experts_TX)
@@ -18,9 +18,7 @@ def dispatch_reference(x_TD: np.ndarray, experts_TX: np.ndarray, num_experts: in
     return np.array(rows).reshape(-1, x_TD.shape[1]), sizes
 
 
-def combine_reference(
-    y_RD: np.ndarray, weights_TX: np.ndarray, experts_TX: np.ndarray, num_experts: int
-) -> np.ndarray:
+def combine_reference(y_RD: np.ndarray, weights_TX: np.ndarray, experts_TX: np.ndarray, num_experts: int) -> np.ndarray:
     """The weighted sum over each token's pairs of their rows."""
     out = np.zeros((len(weights_TX), y_RD.shape[1]), y_RD.dtype)
     pairs = [

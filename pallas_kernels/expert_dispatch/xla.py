@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,7 +67,8 @@ dispatch.defvjp(lambda x_TD, plan: (dispatch(x_TD, plan), plan), _dispatch_backw
 @jax.custom_vjp
 def combine(y_RD: Float[Array, "R D"], weights_TX: Float[Array, "T X"], plan: Plan) -> Float[Array, "T D"]:
     """The weighted sum of each token's rows."""
-    return sum(weights_TX[:, x, None] * _rows(y_RD, plan.row_TX[:, x]) for x in range(weights_TX.shape[1]))
+    parts = [weights_TX[:, x, None] * _rows(y_RD, plan.row_TX[:, x]) for x in range(weights_TX.shape[1])]
+    return functools.reduce(jnp.add, parts)
 
 
 def _combine_forward(y_RD, weights_TX, plan):

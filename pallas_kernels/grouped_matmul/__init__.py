@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -12,7 +13,7 @@ from pallas_kernels.grouped_matmul.xla import grouped_swiglu_blocks, grouped_swi
 
 __all__ = ["grouped_swiglu", "grouped_swiglu_blocks", "grouped_swiglu_ragged", "grouped_swiglu_reference"]
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": grouped_swiglu_reference,
     "blocks": grouped_swiglu_blocks,
     "ragged": grouped_swiglu_ragged,
@@ -24,7 +25,7 @@ def grouped_swiglu(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    sizes_E: Int[Array, "E"],
+    sizes_E: Int[Array, E],
     *,
     implementation: Literal["reference", "blocks", "ragged"] | None = None,
 ) -> Float[Array, "R D"]:

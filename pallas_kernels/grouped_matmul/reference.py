@@ -12,7 +12,7 @@ def grouped_swiglu_reference(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    sizes_E: Int[Array, "E"],
+    sizes_E: Int[Array, E],
 ) -> Float[Array, "R D"]:
     """See :func:`pallas_kernels.grouped_matmul.grouped_swiglu`."""
     ends_E, row_R = jnp.cumsum(sizes_E), jnp.arange(x_RD.shape[0])

@@ -19,7 +19,7 @@ def grouped_swiglu_ragged(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    sizes_E: Int[Array, "E"],
+    sizes_E: Int[Array, E],
 ) -> Float[Array, "R D"]:
     """See :func:`pallas_kernels.grouped_matmul.grouped_swiglu`."""
     sizes_E = sizes_E.astype(jnp.int32)
@@ -34,7 +34,7 @@ def grouped_swiglu_blocks(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    sizes_E: Int[Array, "E"],
+    sizes_E: Int[Array, E],
     block: int = 0,
 ) -> Float[Array, "R D"]:
     """See :func:`pallas_kernels.grouped_matmul.grouped_swiglu`; ``block``: rows at a time, 0: about half a group."""
