@@ -159,9 +159,8 @@ def _backward(window, tiles, saved, do_BTNH):
     k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
     ids = _pad(ids_BT, padded, value=-1)
     dq = []
-    dk_BKHS = jnp.zeros((B, K, H, padded), jnp.float32)
-    dv_BKHS = jnp.zeros((B, K, H, padded), jnp.float32)
-    for span in spans:
+    sums = None  # dk and dv, (B, K, H, S)
+    for span in reversed(spans):  # the last span sees the most keys: its sums are the ones that the others add to
         keys = slice(span.first_key, span.end)
         k_span, v_span, ids_span = k[:, :, keys], v[:, :, keys], ids[:, keys]
 
@@ -176,14 +175,21 @@ def _backward(window, tiles, saved, do_BTNH):
             dq = jnp.einsum("BKTS,BKSH->BKTH", ds, k).reshape(B, K, G, t, H)
             dk = jnp.einsum("BKHT,BKTS->BKHS", q.swapaxes(2, 3), ds)
             dv = jnp.einsum("BKHT,BKTS->BKHS", do.swapaxes(2, 3), p)
-            return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), sums, (dk, dv)), dq
+            new = (dk.astype(jnp.float32), dv.astype(jnp.float32))
+            return new if sums is None else jax.tree.map(jnp.add, sums, new), dq
 
         first_queries = jnp.arange(span.start, span.end, block, dtype=jnp.int32)
         parts = tuple(_blocks(x, span, block, 3) for x in (q, do, log, along))
-        sums = (dk_BKHS[..., keys], dv_BKHS[..., keys])
-        (dk, dv), dq_span = _scan(one, sums, (*parts, _blocks(ids, span, block, 1), first_queries))
-        dk_BKHS, dv_BKHS = dk_BKHS.at[..., keys].set(dk), dv_BKHS.at[..., keys].set(dv)
-        dq.append(_unblocks(dq_span, 3))
+        one_block = span.end - span.start == block
+        zeros = jnp.zeros((B, K, H, span.end - span.first_key), jnp.float32)
+        xs = (*parts, _blocks(ids, span, block, 1), first_queries)
+        new, dq_span = _scan(one, None if one_block else (zeros, zeros), xs)
+        if sums is None:
+            sums = tuple(jnp.pad(x, ((0, 0),) * 3 + ((span.first_key, 0),)) for x in new)
+        else:
+            sums = tuple(total.at[..., keys].add(x) for total, x in zip(sums, new, strict=True))
+        dq.insert(0, _unblocks(dq_span, 3))
+    dk_BKHS, dv_BKHS = sums
     dq_BTNH = _heads_last(jnp.concatenate(dq, axis=3))[:, :T] * jnp.asarray(H**-0.5, q_BTNH.dtype)
     dk_BTKH, dv_BTKH = (x.transpose(0, 3, 1, 2)[:, :T] for x in (dk_BKHS / LOG2_E, dv_BKHS))
     return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None
