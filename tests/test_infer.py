@@ -20,8 +20,9 @@ def counts(cfg: SamplingConfig, n: int = 4000) -> np.ndarray:
     return np.bincount(np.asarray(sample(rows, jax.random.key(0), cfg)), minlength=4) / n
 
 
-def test_temperature_zero_is_greedy() -> None:
-    assert counts(SamplingConfig(temperature=0.0)).tolist() == [1, 0, 0, 0]
+@pytest.mark.parametrize("temperature", [0.0, 1e-50, 1e-3])
+def test_temperatures_near_zero_are_greedy(temperature: float) -> None:
+    assert counts(SamplingConfig(temperature=temperature)).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dsjax.config import NonNegativeFloat, NonNegativeInt, Share
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token."""
+    """``temperature`` below 0.001 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token."""
 
     temperature: NonNegativeFloat = 0.8
     top_k: NonNegativeInt = 0
@@ -22,7 +22,7 @@ class SamplingConfig:
 
 def sample(logits_BV: Float[Array, "B V"], key: jax.Array, cfg: SamplingConfig) -> Int[Array, B]:
     """One token for each row (nucleus sampling: Holtzman et al. 2020)."""
-    if cfg.temperature == 0:
+    if cfg.temperature < 1e-3:  # scaled logits would overflow
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / cfg.temperature
     if cfg.top_k and cfg.top_k < logits_BV.shape[-1]:

@@ -83,8 +83,8 @@ class Trainer:
         graph: the model without its weights.
     """
 
-    init: Callable[[int], TrainState]
-    step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+    init: Callable[[Any], TrainState]
+    step: Any  # a jitted function: also lowered and compiled ahead of time
     shapes: TrainState
     axes: Any
     graph: Any

@@ -158,8 +158,8 @@ def _backward(window, tiles, saved, do_BTNH):
     along = _heads_first(_pad(along_BTN, padded)[..., None], K)
     k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
     ids = _pad(ids_BT, padded, value=-1)
-    dq = []
-    sums = None  # dk and dv, (B, K, H, S)
+    dq: list[jax.Array] = []
+    sums: tuple[jax.Array, ...] | None = None  # dk and dv, (B, K, H, S)
     for span in reversed(spans):  # the last span sees the most keys: its sums are the ones that the others add to
         keys = slice(span.first_key, span.end)
         k_span, v_span, ids_span = k[:, :, keys], v[:, :, keys], ids[:, keys]
@@ -189,6 +189,7 @@ def _backward(window, tiles, saved, do_BTNH):
         else:
             sums = tuple(total.at[..., keys].add(x) for total, x in zip(sums, new, strict=True))
         dq.insert(0, _unblocks(dq_span, 3))
+    assert sums is not None
     dk_BKHS, dv_BKHS = sums
     dq_BTNH = _heads_last(jnp.concatenate(dq, axis=3))[:, :T] * jnp.asarray(H**-0.5, q_BTNH.dtype)
     dk_BTKH, dv_BTKH = (x.transpose(0, 3, 1, 2)[:, :T] for x in (dk_BKHS / LOG2_E, dv_BKHS))
