@@ -26,6 +26,7 @@ import numpy as np
 
 CONTENDERS = {
     "dsjax": "benchmarks.dsjax_model",
+    "dsjax_returning_memory": "benchmarks.dsjax_model:make_returning_memory",
     "bare_jax": "benchmarks.bare_jax",
     "torch": "benchmarks.torch_model",
     "torch_compile": "benchmarks.torch_model:make_compiled",

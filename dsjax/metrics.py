@@ -184,7 +184,9 @@ def plot_loss(
     left.legend(frameon=False)
     if held:
         right = axes[0][1]
-        right.plot(*zip(*held, strict=True), color="C1", marker="o", markersize=3, label="model, held-out sample")
+        right.plot(
+            *zip(*held, strict=True), color="C1", marker="o", markersize=3, label="model, the first held-out files"
+        )
         for index, (name, level) in enumerate((lines or {}).items()):
             right.axhline(level, color=f"C{index + 2}", linestyle="--", linewidth=1, label=f"{name} {level:.2f}")
         right.set(xlabel="tokens seen (millions)", ylabel="bits per byte, held-out")

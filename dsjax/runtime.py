@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep what XLA:CPU frees after a step instead of returning it to the kernel.
 
     XLA:CPU allocates a step's temporaries anew each time. Blocks of this size come from mmap, so each step would
-    fault every page in again: 17 % of the time of the benchmark's step (docs/numerics.md).
+    fault every page in again: a fifth of the time of the benchmark's step (docs/numerics.md).
     """
     if sys.platform != "linux":
         return

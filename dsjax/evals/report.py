@@ -73,8 +73,9 @@ def evaluate_run(folder: pathlib.Path, *, num_samples: int = 64, quiet: bool = F
     write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
     text = markdown(report, folder.name)
     write_atomic(folder / "report.md", text)
-    baselines = {"xz -9e": report["xz_bits_per_byte"], "5-gram": report["ngram_bits_per_byte"]}
-    plot_loss(records, folder / "loss.png", title=folder.name, lines=baselines)
+    names = {"xz -9e, all files": "xz_", "5-gram, all files": "ngram_", "model at the end, all files": ""}
+    levels = {name: report[f"{key}bits_per_byte"] for name, key in names.items()}
+    plot_loss(records, folder / "loss.png", title=folder.name, lines=levels)
     print(text)
     return report
 
