@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsjax.nn.history import Copy
-from dsjax.nn.linear import outer, project
+from dsjax.nn.linear import project
 from dsjax.sharding import current_mesh
+from pallas_kernels.outer import outer
 
 
 def token_losses(

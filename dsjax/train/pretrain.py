@@ -22,7 +22,6 @@ from dsjax.data.batch import Batch
 from dsjax.data.pipeline import make_batches
 from dsjax.data.prepare import Corpus, DataConfig, prepare
 from dsjax.evals.bits import bits_per_byte, document_bits
-from dsjax.metrics import MetricsLog, Progress
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from dsjax.nn.masks import Documents
 from dsjax.runs import RunFolder, cache_dir
@@ -274,7 +273,7 @@ def place_batch(batch: Batch, mesh: Any) -> Batch:
 
 
 def held_out_evaluation(config: Pretrain, trainer: Trainer, corpus: Corpus, mesh: Any) -> Any:
-    """A function params -> metrics over the first few held-out documents, by order of name hash."""
+    """A function params -> metrics over the first few held-out documents."""
     documents = corpus.held_out[: config.train.eval_documents]
 
     def evaluate(params: Any) -> dict[str, float]:
@@ -291,6 +290,3 @@ def held_out_evaluation(config: Pretrain, trainer: Trainer, corpus: Corpus, mesh
         return {"held_out_bits_per_byte": bits_per_byte(bits, documents)[0]}
 
     return evaluate
-
-
-__all__ = ["LogConfig", "MetricsLog", "Pretrain", "Progress", "TrainConfig", "check", "run"]

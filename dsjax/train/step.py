@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from dsjax.checkpoint import key_name
 from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
 from dsjax.nn.losses import cross_entropy
@@ -153,7 +154,7 @@ def state_shardings(shapes: TrainState, param_places: Any, mesh: Mesh) -> TrainS
 
 
 def _keys(path: tuple) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return tuple(key_name(k) for k in path)
 
 
 def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.outer import outer
+
 
 def grouped_swiglu_ragged(
     x_RD: Float[Array, "R D"],
@@ -79,13 +81,6 @@ def _until(x, row, end):
     return jnp.where(row + jnp.arange(len(x))[:, None] < end, x, 0)
 
 
-def _outer(x_RA, y_RB):
-    """x^T y; the narrower operand is the one to transpose on XLA:CPU, and the barrier keeps it so."""
-    if x_RA.shape[1] <= y_RB.shape[1]:
-        return jax.lax.dot_general(x_RA, y_RB, (((0,), (0,)), ((), ())))
-    return jax.lax.optimization_barrier(jax.lax.dot_general(y_RB, x_RA, (((0,), (0,)), ((), ())))).T
-
-
 def _forward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, block):
     (R, D), (E, _, F) = x_RD.shape, w_gate_EDF.shape
     rows, dtype = _block_rows(R, E, block), x_RD.dtype
@@ -121,7 +116,7 @@ def _backward(block, saved, dy_RD):
         act = gate * s
         dgate, dup = dh * up * (s + act * (1 - s)), dh * act
         dx = _write(dx, dgate @ w_gate.T + dup @ w_up.T, row)
-        sums = dw_gate + _outer(x_block, dgate), dw_up + _outer(x_block, dup), dw_down + _outer(act * up, dy_block)
+        sums = dw_gate + outer(x_block, dgate), dw_up + outer(x_block, dup), dw_down + outer(act * up, dy_block)
         return dx, sums
 
     weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
