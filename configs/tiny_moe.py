@@ -1,4 +1,4 @@
-"""The tiny run with experts: one dense layer, then two of 8 experts, top-2, and one shared.
+"""The tiny run with experts: one dense layer, then two of 8 experts, top-2, and one shared; balanced by a bias too.
 
     dsjax train configs/tiny_moe.py --run runs/tiny_moe
 
@@ -17,5 +17,6 @@ from dsjax.train.pretrain import Pretrain
 def get_config() -> Pretrain:
     base = tiny()
     dense = dataclasses.replace(base.model.groups[0], num_layers=1)
-    experts = LayerGroup(MoEConfig(num_experts=8, top_k=2, d_ff=64, num_shared_experts=1), dense.attention)
+    moe = MoEConfig(num_experts=8, top_k=2, d_ff=64, num_shared_experts=1, bias_update_rate=1e-3)
+    experts = LayerGroup(moe, dense.attention)
     return dataclasses.replace(base, model=dataclasses.replace(base.model, num_layers=3, groups=(dense, experts)))

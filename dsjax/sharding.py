@@ -1,4 +1,4 @@
-"""Sharding: one mesh, one table of rules, ``param`` to declare a weight and ``shard`` to place an activation.
+"""Sharding: one mesh, one table of rules, ``param`` and ``buffer`` to declare arrays, ``shard`` to place activations.
 
 Weights and activations name *logical* axes (``embed``, ``heads``, ``batch`` ...). :class:`Rules` maps those to the
 mesh axes ``data, fsdp, expert, tensor, context`` and is the only place that knows them. Every mesh has all five
@@ -174,6 +174,31 @@ def param(
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * (scale * fan_in**-0.5), axes=axes)
 
 
+class Buffer(nnx.Variable):
+    """State without a gradient: a step moves it by what the model saw; the optimizer never sees it."""
+
+
+def buffer(shape: tuple[int, ...], axes: tuple[str, ...], *, value: float = 0.0) -> Buffer:
+    """A float32 buffer filled with ``value``; ``shape`` and ``axes`` as in :func:`param`."""
+    assert len(shape) == len(axes), (shape, axes)
+    return Buffer(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+def split_variables(module: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The graph of a module, its parameters and its buffers, both as pure dicts; `nnx.merge` takes all three."""
+    graph, *states = nnx.split(module, nnx.Param, Buffer)
+    params, buffers = map(nnx.to_pure_dict, states)
+    return graph, params, buffers
+
+
+def joined(params: dict[str, Any], buffers: dict[str, Any]) -> dict[str, Any]:
+    """Parameters and buffers as one pure dict: all that a module's graph lacks."""
+    out = dict(params)
+    for name, below in buffers.items():
+        out[name] = joined(out[name], below) if name in out else below
+    return out
+
+
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """``num_layers`` modules as one whose weights have a leading ``layers`` dimension."""
     keys = jax.random.split(rngs.params(), num_layers)
@@ -186,9 +211,9 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: 
     return stacked
 
 
-def logical_axes(module: nnx.Module) -> dict[str, Any]:
-    """The logical axes of every variable of a module, in the shape of its pure dict."""
-    state = nnx.split(module)[1]
+def logical_axes(module: nnx.Module, kind: type[nnx.Variable] = nnx.Variable) -> dict[str, Any]:
+    """The logical axes of every variable of a module that is a ``kind``, in the shape of its pure dict."""
+    state = nnx.state(module, kind)
     axes = jax.tree.map(lambda v: tuple(v.get_metadata()["axes"]), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return nnx.to_pure_dict(axes)
 
@@ -223,6 +248,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def host_array_to_global(x: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
-    """A global array from each host's own rows of it (all rows on one host)."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+def rows_of_process(mesh: Mesh, num_rows: int, rules: Rules = Rules()) -> tuple[int, int]:
+    """Which part of a batch's rows this process needs for its devices, as (part, parts): the part-th of equal parts.
+
+    The parts of two processes may overlap: all rows, if the batch is not split over processes.
+    """
+    spec = rules.spec("batch")
+    places = NamedSharding(mesh, spec).addressable_devices_indices_map((num_rows,)).values()
+    bounds = [(index[0].start or 0, num_rows if index[0].stop is None else index[0].stop) for index in places if index]
+    low, high = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    if num_rows % (high - low) or low % (high - low):
+        return 0, 1
+    return low // (high - low), num_rows // (high - low)
+
+
+def host_array_to_global(x: np.ndarray, mesh: Mesh, spec: PartitionSpec, *, part: int = 0, parts: int = 1) -> jax.Array:
+    """A global array from the rows that this process has: the ``part``-th of ``parts`` equal parts of all rows."""
+    before = part * len(x)
+
+    def piece(index: Any) -> np.ndarray:
+        rows = index[0]
+        stop = len(x) if rows.stop is None else rows.stop - before
+        return x[(slice((rows.start or 0) - before, stop), *index[1:])]
+
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback((len(x) * parts, *x.shape[1:]), sharding, piece)

@@ -1,4 +1,4 @@
-"""The table of docs/sharding.md: every weight's logical axes, its layout, and what a device holds of it.
+"""The table of docs/sharding.md: every weight's (and buffer's) logical axes, its layout, and what a device holds of it.
 
 python -m dsjax.sharding_table docs/sharding.md     # writes the table between the markers of the file
 """
@@ -28,7 +28,7 @@ MESHES = ("data=8", "fsdp=8", "tensor=8", "expert=8", "fsdp=2,expert=2,tensor=2"
 def small_moe() -> DecoderConfig:
     """One dense layer and two of eight experts, sized so that every mesh of :data:`MESHES` divides it."""
     attention = AttentionConfig(num_heads=16, num_kv_heads=8, head_dim=8)
-    experts = MoEConfig(num_experts=8, top_k=2, d_ff=32, num_shared_experts=1)
+    experts = MoEConfig(num_experts=8, top_k=2, d_ff=32, num_shared_experts=1, bias_update_rate=1e-3)
     groups = (LayerGroup(MLPConfig(d_ff=128), attention, num_layers=1), LayerGroup(experts, attention))
     return DecoderConfig(vocab_size=512, d_model=64, num_layers=3, groups=groups)
 

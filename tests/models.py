@@ -33,7 +33,8 @@ EVERYTHING = DecoderConfig(
     groups=(
         LayerGroup(MLPConfig(d_ff=24), ATTENTION, num_layers=1),
         LayerGroup(
-            MoEConfig(num_experts=4, top_k=2, d_ff=8, num_shared_experts=1), dataclasses.replace(ATTENTION, window=5)
+            MoEConfig(num_experts=4, top_k=2, d_ff=8, num_shared_experts=1, bias_update_rate=0.01),
+            dataclasses.replace(ATTENTION, window=5),
         ),
     ),
     ngram=NgramConfig(sizes=(2, 3), num_buckets=40, d_table=4),
@@ -43,7 +44,7 @@ CONFIGS = {"dense": DENSE, "tied": dataclasses.replace(DENSE, tied=True), "every
 
 
 def weights(cfg: DecoderConfig, seed: int = 0) -> Any:
-    """Random values in the shape of the model's parameters, near their usual size."""
+    """Random values in the shape of the model's parameters and buffers, near their usual size."""
     state = nnx.to_pure_dict(nnx.split(Decoder(cfg, rngs=nnx.Rngs(seed)))[1])
     keys = iter(jax.random.split(jax.random.key(seed), 100))
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state)

@@ -19,6 +19,7 @@ from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.masks import Documents
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
+from dsjax.sharding import split_variables
 
 T = 12
 # float32 through three layers; sums are made in another order where shapes differ
@@ -68,6 +69,26 @@ def test_prefill_and_decode_are_the_full_forward(name: str, cuts: tuple[int, ...
         start += n
     np.testing.assert_allclose(np.concatenate(parts, axis=1), logits(cfg, params, tokens), **CLOSE)
     assert cache.lengths_B.tolist() == [T, T]
+
+
+@pytest.mark.parametrize("cuts", [(12,), (7, 1, 1, 1, 1, 1)])
+def test_the_selection_bias_takes_part_in_prefill_and_decode(cuts: tuple[int, ...]) -> None:
+    """Three biases send the tokens to three different lots of experts; one that outweighs every score, to its own."""
+    cfg, tokens, parts = EVERYTHING, random_tokens(2, T), {}
+    for name, bias in (("random", None), ("none", [0.0] * 4), ("first two", [9.0, 9.0, 0.0, 0.0])):
+        params = weights(cfg)
+        if bias is not None:
+            params["group_1"]["ffn"]["selection_bias"] = jnp.asarray([bias] * 2)
+        model, start, rows = nnx.merge(graph(cfg), params), 0, []
+        step = jax.jit(lambda m, tokens, cache: m(tokens, cache=cache))
+        cache = model.empty_cache(2, T)
+        for n in cuts:
+            out = step(model, jnp.asarray(tokens[:, start : start + n]), cache)
+            cache, start = out.cache, start + n
+            rows.append(np.asarray(out.loads["group_1"]))
+        parts[name] = sum(rows)
+    assert (parts["first two"] == [[2 * T, 2 * T, 0, 0]] * 2).all()
+    assert len({part.tobytes() for part in parts.values()}) == 3
 
 
 def test_prompts_of_different_lengths_in_one_padded_prefill() -> None:
@@ -127,7 +148,8 @@ def decoder_configs(draw: st.DrawFn) -> DecoderConfig:
         conv_taps=draw(st.sampled_from([0, 2])),
     )
     E = draw(st.integers(1, 5))
-    moe = MoEConfig(E, draw(st.integers(1, E)), 4, num_shared_experts=draw(st.integers(0, 2)))
+    rate = draw(st.sampled_from([0.0, 0.01]))
+    moe = MoEConfig(E, draw(st.integers(1, E)), 4, num_shared_experts=draw(st.integers(0, 2)), bias_update_rate=rate)
     ffns = draw(st.lists(st.sampled_from([MLPConfig(6), moe]), min_size=1, max_size=3))
     groups = tuple(LayerGroup(ffn, attention, draw(st.integers(1, 3))) for ffn in ffns)
     return DecoderConfig(
@@ -145,8 +167,10 @@ def decoder_configs(draw: st.DrawFn) -> DecoderConfig:
 @given(decoder_configs())
 def test_num_params_counts_the_arrays(cfg: DecoderConfig) -> None:
     validate(cfg)
-    shapes = jax.tree.leaves(nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))[1])
-    assert cfg.num_params() == sum(x.size for x in shapes)
+    _, params, buffers = split_variables(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
+    assert cfg.num_params() == sum(x.size for x in jax.tree.leaves(params))
+    experts = [(g.ffn, n) for g, n in cfg.sized_groups() if isinstance(g.ffn, MoEConfig) and g.ffn.bias_update_rate]
+    assert sum(x.size for x in jax.tree.leaves(buffers)) == sum(n * ffn.num_experts for ffn, n in experts)
 
 
 def test_num_active_params_leaves_out_the_experts_that_are_not_chosen() -> None:

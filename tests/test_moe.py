@@ -92,15 +92,18 @@ def moe(cfg: MoEConfig) -> MoE:
     return MoE(cfg, D, rngs=nnx.Rngs(0))
 
 
-def test_the_layer_is_a_loop_over_experts() -> None:
-    cfg = MoEConfig(num_experts=5, top_k=2, d_ff=F, routed_scale=1.5)
+@pytest.mark.parametrize("bias", [None, [0.5, 0.0, -0.5, 0.25, 0.0]])
+def test_the_layer_is_a_loop_over_experts(bias: list | None) -> None:
+    cfg = MoEConfig(num_experts=5, top_k=2, d_ff=F, routed_scale=1.5, bias_update_rate=0.0 if bias is None else 0.1)
     layer, x = moe(cfg), jax.random.normal(jax.random.key(1), (2, 7, D))
+    if bias is not None:
+        layer.selection_bias[...] = jnp.asarray(bias)
     y, stats = layer(x, jnp.ones((2, 7)))
     scores = np.asarray(jax.nn.softmax(jnp.asarray(x) @ layer.w_router[...]))
     want = np.zeros_like(x)
     for b in range(2):
         for t in range(7):
-            best = np.argsort(-scores[b, t])[:2]
+            best = np.argsort(-(scores[b, t] + np.array(bias or 0.0)))[:2]
             for e in best:
                 h = jax.nn.silu(x[b, t] @ layer.w_gate[...][e]) * (x[b, t] @ layer.w_up[...][e])
                 want[b, t] += 1.5 * scores[b, t, e] / scores[b, t, best].sum() * (h @ layer.w_down[...][e])

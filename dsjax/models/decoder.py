@@ -96,7 +96,7 @@ class DecoderConfig:
         return total
 
     def num_params(self) -> int:
-        """Parameters in all."""
+        """Parameters in all: what the optimizer moves. Buffers (the selection bias of experts) are not counted."""
         return self._num_params(active=False)
 
     def num_active_params(self) -> int:
@@ -161,6 +161,11 @@ class DecoderOutput:
     router: dict[str, RouterStats]
     losses: dict[str, Leaf]
     copy: Copy | None
+
+    @property
+    def loads(self) -> dict[str, Float[Array, "L E"]]:
+        """By group of experts: the (token, expert) pairs that each expert of each layer received."""
+        return {name: stats.load_E for name, stats in self.router.items()}
 
 
 class Block(nnx.Module):
@@ -291,6 +296,15 @@ class Decoder(nnx.Module):
                 if coef:
                     losses[loss] = losses.get(loss, 0.0) + coef * jnp.mean(value_L)
         return losses
+
+    def moved_buffers(self, loads: dict[str, Float[Array, "L E"]]) -> dict[str, Any]:
+        """All buffers behind a step in which experts received ``loads`` (see :attr:`DecoderOutput.loads`)."""
+        moved = {}
+        for index, group in enumerate(self.cfg.groups):
+            name = f"group_{index}"
+            if isinstance(group.ffn, MoEConfig) and (buffers := getattr(self, name).ffn.moved_buffers(loads[name])):
+                moved[name] = {"ffn": buffers}
+        return moved
 
     def output_weights(self) -> Float[Array, "D V"]:
         """The matrix that turns hidden states into logits."""

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.nn.mlp import MLP
-from dsjax.nn.router import RouterStats, route
-from dsjax.sharding import current_mesh, map_shards, param
+from dsjax.nn.router import RouterStats, moved_bias, route
+from dsjax.sharding import buffer, current_mesh, map_shards, param
 from pallas_kernels.expert_dispatch import combine, dispatch, plan_dispatch
 from pallas_kernels.grouped_matmul import grouped_swiglu
 
@@ -30,6 +30,7 @@ class MoEConfig:
         routed_scale: factor on the routed experts' output.
         balance_coef: weight of the Switch balance loss.
         z_coef: weight of the router z-loss.
+        bias_update_rate: how far each step moves an expert's selection bias towards balance; 0: there is no bias.
     """
 
     num_experts: PositiveInt = 8
@@ -40,6 +41,7 @@ class MoEConfig:
     routed_scale: PositiveFloat = 1.0
     balance_coef: NonNegativeFloat = 0.01
     z_coef: NonNegativeFloat = 0.0
+    bias_update_rate: NonNegativeFloat = 0.0
 
     def validate(self) -> None:
         if self.top_k > self.num_experts:
@@ -65,6 +67,8 @@ class MoE(nnx.Module):
         self.w_gate = param(rngs, (E, D, F), ("expert", "embed", "mlp"), fan_in=D)
         self.w_up = param(rngs, (E, D, F), ("expert", "embed", "mlp"), fan_in=D)
         self.w_down = param(rngs, (E, F, D), ("expert", "mlp", "embed"), fan_in=F, scale=out_scale)
+        if cfg.bias_update_rate:
+            self.selection_bias = buffer((E,), ("router",))
         if cfg.num_shared_experts:
             self.shared = MLP(D, cfg.num_shared_experts * F, out_scale=out_scale, rngs=rngs)
 
@@ -73,8 +77,9 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         cfg = self.cfg
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.w_router[...])
+        bias_E = self.selection_bias[...] if cfg.bias_update_rate else None
         experts_BTX, weights_BTX, stats = route(
-            logits_BTE, counted_BT, top_k=cfg.top_k, normalize=cfg.normalize_weights
+            logits_BTE, counted_BT, top_k=cfg.top_k, normalize=cfg.normalize_weights, bias_E=bias_E
         )
         weights_BTX = (weights_BTX * cfg.routed_scale).astype(x_BTD.dtype)
         tokens = ("batch", "length", None)
@@ -86,6 +91,12 @@ class MoE(nnx.Module):
         if cfg.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, stats
+
+    def moved_buffers(self, load_E: Float[Array, "*layers E"]) -> dict[str, Float[Array, "*layers E"]]:
+        """The buffers behind a step in which the experts received ``load_E``, alike for one layer and for a stack."""
+        if not self.cfg.bias_update_rate:
+            return {}
+        return {"selection_bias": moved_bias(self.selection_bias[...], load_E, self.cfg.bias_update_rate)}
 
 
 def apply_experts(

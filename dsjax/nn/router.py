@@ -35,6 +35,7 @@ def route(
     *,
     top_k: int,
     normalize: bool,
+    bias_E: Float[Array, " E"] | None = None,
 ) -> tuple[Int[Array, "B T X"], Float[Array, "B T X"], RouterStats]:
     """Softmax top-k routing in float32.
 
@@ -43,6 +44,7 @@ def route(
         counted_BT: 1 for real tokens, 0 for padding, which is routed but not reported.
         top_k: experts for each token.
         normalize: make the weights of a token sum to 1 over its chosen experts.
+        bias_E: added to the probabilities when experts are chosen, and nowhere else (see :func:`moved_bias`).
 
     Returns:
         The chosen experts, their weights, and the statistics.
@@ -50,7 +52,11 @@ def route(
     num_experts = logits_BTE.shape[-1]
     log_probs_BTE = jax.nn.log_softmax(logits_BTE.astype(jnp.float32))
     probs_BTE = jnp.exp(log_probs_BTE)
-    weights_BTX, experts_BTX = jax.lax.top_k(probs_BTE, top_k)
+    if bias_E is None:
+        weights_BTX, experts_BTX = jax.lax.top_k(probs_BTE, top_k)
+    else:
+        experts_BTX = jax.lax.top_k(jax.lax.stop_gradient(probs_BTE + bias_E), top_k)[1]
+        weights_BTX = jnp.take_along_axis(probs_BTE, experts_BTX, axis=-1)
     if normalize:
         weights_BTX = weights_BTX / jnp.sum(weights_BTX, axis=-1, keepdims=True)
 
@@ -67,3 +73,14 @@ def route(
         z_loss=jnp.sum(z_BT * counted_BT) / tokens,
     )
     return experts_BTX, weights_BTX, stats
+
+
+def moved_bias(
+    bias_E: Float[Array, "*layers E"], load_E: Float[Array, "*layers E"], rate: float
+) -> Float[Array, "*layers E"]:
+    """A selection bias behind a step: up by ``rate`` where an expert got less than the mean load, down where more.
+
+    This balances loads without a loss whose gradient would disturb the model (Wang et al. 2024, arXiv 2408.15664;
+    DeepSeek-V3, arXiv 2412.19437). Loads are counts of the whole batch, so every layout of devices moves it alike.
+    """
+    return bias_E + rate * jnp.sign(jnp.mean(load_E, axis=-1, keepdims=True) - load_E)

@@ -18,12 +18,28 @@ from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
 from dsjax.nn.losses import cross_entropy
 from dsjax.nn.masks import Leaf
-from dsjax.sharding import Rules, logical_axes, replicated, shardings, use_mesh
+from dsjax.sharding import Buffer, Rules, joined, logical_axes, replicated, shardings, split_variables, use_mesh
 from dsjax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
-# (model, batch, key, total weight of the whole batch) -> (loss to descend, metrics); both add up over micro-batches
-LossFunction = Callable[[Any, Batch, jax.Array, Float[Array, ""]], tuple[Float[Array, ""], Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossReport:
+    """What a loss function tells beside its loss. Like the loss, all of it adds up over micro-batches.
+
+    Attributes:
+        metrics: to log, ``loss`` among them.
+        loads: what the model's buffers move by, by group of experts (:attr:`DecoderOutput.loads`).
+    """
+
+    metrics: dict[str, Leaf]
+    loads: dict[str, Leaf]
+
+
+# (model, batch, key, total weight of the whole batch) -> (loss to descend, report)
+LossFunction = Callable[[Any, Batch, jax.Array, Float[Array, ""]], tuple[Float[Array, ""], LossReport]]
 
 
 @jax.tree_util.register_dataclass
@@ -34,19 +50,26 @@ class TrainState:
     Attributes:
         step: updates applied.
         params: float32 weights, a nested dict.
+        buffers: float32 state without a gradient, a nested dict by the same names; empty for most models.
         opt_state: of the Optax transformation.
         rng: key data; every applied step splits it.
     """
 
     step: Leaf
     params: Any
+    buffers: Any
     opt_state: Any
     rng: Leaf
+
+    @property
+    def variables(self) -> Any:
+        """Parameters and buffers in one nested dict: with the graph, the model."""
+        return joined(self.params, self.buffers)
 
 
 def next_token_loss(
     model: Decoder, batch: Batch, key: jax.Array, total_weight: Float[Array, ""]
-) -> tuple[Float[Array, ""], Metrics]:
+) -> tuple[Float[Array, ""], LossReport]:
     """Mean cross-entropy over the batch's weight plus the model's auxiliary losses."""
     del key
     out = model(batch.tokens_BT, batch.documents)
@@ -69,7 +92,7 @@ def next_token_loss(
         relative_LE = stats.load_E / jnp.maximum(jnp.mean(stats.load_E, axis=-1, keepdims=True), 1.0)
         metrics[f"router/{name}/max_over_mean_load"] = jnp.mean(jnp.max(relative_LE, axis=-1)) * share
         metrics[f"router/{name}/entropy"] = jnp.mean(stats.entropy) * share
-    return loss, metrics
+    return loss, LossReport(metrics, out.loads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +104,7 @@ class Trainer:
         step: (state, batch, total_steps) -> (state, metrics); the given state is donated.
         shapes: abstract TrainState with shardings, to restore into.
         axes: logical axes of the parameters.
-        graph: the model without its weights.
+        graph: the model without its variables.
     """
 
     init: Callable[[Any], TrainState]
@@ -103,7 +126,7 @@ def make_trainer(
     """Builds the jitted functions of a job; nothing is computed yet.
 
     Args:
-        make_model: builds the model from random keys.
+        make_model: builds the model from random keys; one with buffers has ``moved_buffers`` (as the decoder).
         optim: optimizer and schedule.
         mesh: devices.
         accumulate: micro-batches that a batch is cut into.
@@ -111,21 +134,23 @@ def make_trainer(
         rules: logical axis -> mesh axes.
     """
     abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
-    graph, axes = nnx.split(abstract)[0], logical_axes(abstract)
+    graph, axes = nnx.split(abstract)[0], logical_axes(abstract, nnx.Param)
     tx = make_optimizer(optim, axes)
 
     def init(seed: jax.Array) -> TrainState:
         key = jax.random.key(seed)
-        params = nnx.to_pure_dict(nnx.split(make_model(nnx.Rngs(jax.random.fold_in(key, 0))))[1])
+        _, params, buffers = split_variables(make_model(nnx.Rngs(jax.random.fold_in(key, 0))))
         rng = jax.random.key_data(jax.random.fold_in(key, 1))
-        return TrainState(jnp.int32(0), params, tx.init(params), rng)
+        return TrainState(jnp.int32(0), params, buffers, tx.init(params), rng)
 
     def step(state: TrainState, batch: Batch, total_steps: jax.Array) -> tuple[TrainState, Metrics]:
         with use_mesh(mesh, rules):
             return _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps)
 
     shapes = jax.eval_shape(init, 0)
-    places = state_shardings(shapes, shardings(shapes.params, axes, mesh, rules), mesh)
+    param_places = shardings(shapes.params, axes, mesh, rules)
+    buffer_places = shardings(shapes.buffers, logical_axes(abstract, Buffer), mesh, rules)
+    places = state_shardings(shapes, param_places, buffer_places, mesh)
     return Trainer(
         init=jax.jit(init, out_shardings=places),
         step=jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
@@ -135,7 +160,7 @@ def make_trainer(
     )
 
 
-def state_shardings(shapes: TrainState, param_places: Any, mesh: Mesh) -> TrainState:
+def state_shardings(shapes: TrainState, param_places: Any, buffer_places: Any, mesh: Mesh) -> TrainState:
     """What the optimizer keeps of a parameter, or of each of its rows, lies where that lies; counters everywhere."""
     by_path = {_keys(path): place for path, place in jax.tree_util.tree_leaves_with_path(param_places)}
     shape_of = {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)}
@@ -150,7 +175,7 @@ def state_shardings(shapes: TrainState, param_places: Any, mesh: Mesh) -> TrainS
 
     everywhere = replicated(mesh)
     opt = jax.tree_util.tree_map_with_path(place, shapes.opt_state)
-    return TrainState(everywhere, param_places, opt, everywhere)
+    return TrainState(everywhere, param_places, buffer_places, opt, everywhere)
 
 
 def _keys(path: tuple) -> tuple[str, ...]:
@@ -161,28 +186,31 @@ def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):
     rng, key = jax.random.split(jax.random.wrap_key_data(state.rng))
     total_weight = jnp.maximum(jnp.sum(batch.loss_weight_BT), 1.0)
 
-    def loss_of(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return loss_fn(nnx.merge(graph, params), part, key, total_weight)
+    def loss_of(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, LossReport]:
+        return loss_fn(nnx.merge(graph, params, state.buffers), part, key, total_weight)
 
     gradient = jax.grad(loss_of, has_aux=True)
     if accumulate == 1:
-        grads, metrics = gradient(state.params, batch, key)
+        grads, report = gradient(state.params, batch, key)
     else:
-        grads, metrics = _accumulated(gradient, accumulate, state.params, batch, key)
+        grads, report = _accumulated(gradient, accumulate, state.params, batch, key)
 
     lr_share = learning_rate(optim, state.step, total_steps)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(report.metrics["loss"]) & jnp.isfinite(grad_norm)
 
     def update(_: None) -> TrainState:
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p + lr_share * u, state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, jax.random.key_data(rng))
+        buffers = state.buffers
+        if buffers:
+            buffers = nnx.merge(graph, state.params, buffers).moved_buffers(report.loads)
+        return TrainState(state.step + 1, params, buffers, opt_state, jax.random.key_data(rng))
 
     # A bad step leaves every bit of the state as it was.
     state = jax.lax.cond(finite, update, lambda _: state, None)
-    metrics = metrics | {
+    metrics = report.metrics | {
         "grad_norm": grad_norm,
         "lr": lr_share * optim.lr,
         "finite": finite.astype(jnp.float32),
@@ -191,8 +219,8 @@ def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):
     return state, metrics
 
 
-def _accumulated(gradient, accumulate: int, params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
-    """Gradients and metrics summed over micro-batches of every ``accumulate``-th row.
+def _accumulated(gradient, accumulate: int, params: Any, batch: Batch, key: jax.Array) -> tuple[Any, LossReport]:
+    """Gradients and reports summed over micro-batches of every ``accumulate``-th row.
 
     Strided, so that each device's rows give to every micro-batch and nothing moves.
     """
@@ -210,5 +238,5 @@ def _accumulated(gradient, accumulate: int, params: Any, batch: Batch, key: jax.
         lambda s: jnp.zeros(s.shape, s.dtype),
         jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts), keys[0]),
     )
-    (grads, metrics), _ = jax.lax.scan(one, zeros, (parts, keys))
-    return grads, metrics
+    (grads, report), _ = jax.lax.scan(one, zeros, (parts, keys))
+    return grads, report
