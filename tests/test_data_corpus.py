@@ -51,10 +51,10 @@ def test_empty_and_undecodable_are_reported_not_lost(tmp_path):
     (tmp_path / "cookie.py").write_bytes(b"# coding: klingon\n")
     reading = read_source(Source(str(tmp_path)))
     assert [d.name for d in reading.documents] == ["good.py"]
-    assert {s.name: s.reason for s in reading.skipped} == {
-        "blank.py": "empty",
-        "bad.txt": "not utf-8",
-        "cookie.py": "unknown encoding",
+    assert {s.name: (s.reason, s.damaged) for s in reading.skipped} == {
+        "blank.py": ("empty", False),
+        "bad.txt": ("not utf-8", True),
+        "cookie.py": ("unknown encoding", True),
     }
 
 
@@ -101,7 +101,10 @@ def _named(name: str, content: bytes):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (_jsonl(b'{"text": "a"}\n{"text": \n'), "d.jsonl:2: not a line of JSON"),
+        (
+            _jsonl(b'\n{"text": \n'),
+            "holds no document: found 1 file(s), 1 empty or damaged record(s), the first d.jsonl:2",
+        ),
         (
             _jsonl(b'{"txt": "a", "id": 1}\n'),
             "d.jsonl:1: no key 'text' (text_key), found 'txt', 'id'; the nearest is 'txt'",
@@ -111,7 +114,7 @@ def _named(name: str, content: bytes):
         (_jsonl(b"\n"), "holds no document"),
         (_parquet, "no key 'text' (text_key), found 'txet'; the nearest is 'txet'"),
         (_named("d.parquet", b"not parquet"), "not a readable parquet file"),
-        (_named("d.jsonl.gz", b"not gzip"), "d.jsonl.gz: cannot be read"),
+        (_named("d.jsonl.gz", b"not gzip"), "gzip member is damaged"),
         (lambda folder: folder, "holds no document"),
         (lambda folder: folder / "nowhere", "does not exist"),
         (lambda folder: folder / "*.py", "holds no document"),

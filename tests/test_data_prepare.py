@@ -127,12 +127,12 @@ def test_cache_is_used_and_an_edited_file_is_a_new_entry(cfg, tmp_path):
     assert len(list((tmp_path / "c").iterdir())) == 2
 
 
-@pytest.mark.parametrize("victim", ["tokens_0.npy", "held_out.jsonl", "tokenizer.json", "manifest.json", "missing"])
+@pytest.mark.parametrize("victim", ["tokens_0", "held_out.jsonl", "tokenizer.json", "manifest.json", "missing"])
 def test_a_damaged_cache_is_rebuilt_with_one_line(cfg, corpus, tmp_path, caplog, victim):
     prepare(cfg, tmp_path)
     (entry,) = tmp_path.iterdir()
     if victim == "missing":
-        (entry / "offsets_0.npy").unlink()
+        (entry / "offsets_0").unlink()
     else:
         content = bytearray((entry / victim).read_bytes())
         content[len(content) // 2] ^= 1

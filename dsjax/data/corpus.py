@@ -1,29 +1,29 @@
 """Reading documents: the standard library, folders of text, JSONL, parquet and globs.
 
 A document is one text file, one line of a JSONL file or one row of a parquet file. What cannot be used (empty, or
-not decodable) is listed beside the documents, never silently lost; what the user got wrong is a `UserError`.
+damaged) is listed beside the documents with its file and offset, never silently lost; what the user got wrong is a
+`UserError`, and so is more damage than `data.max_damaged_share`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import glob
-import gzip
 import hashlib
-import io
-import json
 import os
 import pathlib
+import re
 import sysconfig
-import tokenize
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from dsjax.config import PositiveFloat, UserError
+from dsjax.data.records import RECORD_SUFFIXES, Document, Skipped, read_file
 
 STDLIB = "stdlib"
+MOST_SHARDS = 100_000  # a larger number in a name counts something else
+_SHOWN = 3  # places that a message names
 
 # What a folder yields. A file or a glob that the user names is read whatever its suffix is.
 # fmt: off
@@ -33,7 +33,6 @@ TEXT_SUFFIXES = frozenset((
     ".swift", ".scala", ".lua", ".jl", ".r", ".sql", ".sh", ".ps1", ".hs", ".ml", ".lean", ".v", ".proto", ".cmake",
 ))
 # fmt: on
-RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 # Folders of the standard library that hold tests or other people's code (wheels bundled for pip).
 _STDLIB_SKIPPED = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled"))
@@ -57,62 +56,137 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
-    """One text and a name to find it by: a path relative to its source, with a line or row number in record files."""
-
-    name: str
-    text: str
-
-    @functools.cached_property
-    def content(self) -> bytes:
-        """The text in UTF-8: what every byte count refers to."""
-        return self.text.encode()
-
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """SHA-256 of the content (32 bytes)."""
-        return hashlib.sha256(self.content).digest()
-
-
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """A document that was found and not used, and why ("empty" or "not UTF-8" and the like)."""
-
-    name: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Reading:
-    """The documents of one source in the order of their names, and those skipped."""
+    """The documents of one source in the order of their names, those skipped, and a digest of each file.
+
+    digests: file name -> 16 hexadecimal digits of a SHA-256 over its records, the skipped ones included.
+    """
 
     documents: tuple[Document, ...]
     skipped: tuple[Skipped, ...]
+    digests: dict[str, str]
 
 
 def read_source(source: Source) -> Reading:
     """Reads every document of a source, in an order that depends on names only.
 
     Raises:
-        UserError: the path does not exist, holds no document, or a record file is malformed or lacks `text_key`.
+        UserError: the path does not exist, can not be read, holds no document, or no record has `text_key`.
     """
     documents: list[Document] = []
     skipped: list[Skipped] = []
-    num_files = 0
+    digests: dict[str, str] = {}
+    most = 1
     for path, name in _list_files(source.path):
-        num_files += 1
-        for item in _read_file(path, name, source.text_key):
-            if isinstance(item, Document) and item.text.strip():
-                documents.append(item)
-            else:
-                skipped.append(item if isinstance(item, Skipped) else Skipped(item.name, "empty"))
+        items = read_file(path, name, source.text_key)
+        most = max(most, len(items))
+        documents += [item for item in items if isinstance(item, Document)]
+        skipped += [item for item in items if isinstance(item, Skipped)]
+        digests[name] = _digest(items)
+    if pathlib.Path(source.path).expanduser().is_dir():
+        skipped += _missing_shards(list(digests))
+    # Of a loss of unknown size the worst is assumed: as many records as the fullest file has.
+    skipped = [s if s.records else dataclasses.replace(s, records=most) for s in skipped]
     if not documents:
-        found = f"{num_files} file(s), {len(skipped)} empty or undecodable document(s)"
+        found = f"{len(digests)} file(s), {len(skipped)} empty or damaged record(s)"
+        first = next((f", the first {_place(s)}" for s in skipped if s.damaged), "")
         raise UserError(
-            f"data source {source.path!r} holds no document: found {found}; a folder yields files that end in"
+            f"data source {source.path!r} holds no document: found {found}{first}; a folder yields files that end in"
             f" {', '.join(RECORD_SUFFIXES)} or a text suffix such as .py, .txt, .md (a glob yields any file)"
         )
-    return Reading(tuple(documents), tuple(skipped))
+    return Reading(tuple(documents), tuple(skipped), digests)
+
+
+def _digest(items: Sequence[Document | Skipped]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item.digest if isinstance(item, Document) else f"{item.name}\0{item.reason}".encode())
+    return digest.hexdigest()[:16]
+
+
+_SHARD = re.compile(r"(.*[-_.])(\d+)(-of-)(\d+)(.*)")
+
+
+def _missing_shards(names: Sequence[str]) -> list[Skipped]:
+    """What the names of a folder's files say is not there: "train-00003-of-00010.parquet" and the like."""
+    there: dict[tuple[str, ...], set[int]] = {}
+    for name in names:
+        if found := _SHARD.fullmatch(name):
+            before, number, of, total, after = found.groups()
+            if 0 < int(total) <= MOST_SHARDS:
+                there.setdefault((before, of, total, after), set()).add(int(number))
+    missing = []
+    for (before, of, total, after), numbers in there.items():
+        count = int(total)
+        first = 1 if count in numbers and 0 not in numbers else 0  # some count from one
+        for number in sorted(set(range(first, first + count)) - numbers):
+            name = f"{before}{number:0{len(total)}d}{of}{total}{after}"
+            missing.append(Skipped(name, "missing: its name follows from those of the others", records=0))
+    return missing
+
+
+# ---------------------------------------------------------------- damage and change
+
+
+def describe_skipped(readings: Sequence[Reading]) -> str:
+    """What was found and not used, in one line; empty if everything was."""
+    skipped = [s for reading in readings for s in reading.skipped]
+    if not skipped:
+        return ""
+    damaged = [s for s in skipped if s.damaged]
+    num_damaged = sum(s.records for s in damaged)
+    total = sum(len(reading.documents) for reading in readings) + sum(s.records for s in skipped)
+    num_empty = sum(s.records for s in skipped if not s.damaged)
+    first = f", the first {_place(damaged[0])}" if damaged else ""
+    return f"skipped {num_empty + num_damaged} of {total} records: {num_empty} empty, {num_damaged} damaged{first}"
+
+
+def check_damage(readings: Sequence[Reading], max_damaged_share: float) -> None:
+    """Compares the damaged records with how many there may be.
+
+    Raises:
+        UserError: there are more.
+    """
+    skipped = [(number, s) for number, reading in enumerate(readings) for s in reading.skipped]
+    damaged = [(number, s) for number, s in skipped if s.damaged]
+    lost = sum(s.records for _, s in damaged)
+    total = sum(len(reading.documents) for reading in readings) + sum(s.records for _, s in skipped)
+    if lost <= max_damaged_share * total:
+        return
+    places = "; ".join(f"data.sources.{number}: {_place(s)}" for number, s in damaged[:_SHOWN])
+    more = f"; and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
+    raise UserError(
+        f"{lost} of {total} records of the training data are damaged ({lost / total:.3g} of them;"
+        f" data.max_damaged_share is {max_damaged_share:g}): {places}{more}; mend or remove them, or raise"
+        " data.max_damaged_share"
+    )
+
+
+def _place(skipped: Skipped) -> str:
+    return f"{skipped.name} at byte {skipped.offset} ({skipped.reason})"
+
+
+def changed_documents(before: Any, now: Sequence[dict[str, str]]) -> str:
+    """Which files differ between two `Corpus.documents`, the earlier one as JSON gives it back; empty if none does."""
+    if not (isinstance(before, list | tuple) and all(isinstance(files, dict) for files in before)):
+        return "the list of the documents it had can not be read"
+    if len(before) != len(now):
+        return f"it had {len(before)} source(s), now there are {len(now)}"
+    changes = []
+    for number, (old, new) in enumerate(zip(before, now, strict=True)):
+        kinds = {
+            "changed": [name for name in new if name in old and old[name] != new[name]],
+            "added": [name for name in new if name not in old],
+            "removed": [name for name in old if name not in new],
+        }
+        for kind, names in kinds.items():
+            if names:
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                changes.append(f"{kind} in data.sources.{number}: {', '.join(sorted(names)[:_SHOWN])}{more}")
+    return "; ".join(changes)
+
+
+# ---------------------------------------------------------------- files
 
 
 def _list_files(path: str) -> Iterator[tuple[pathlib.Path, str]]:
@@ -153,85 +227,3 @@ def _missing_path(path: str, root: pathlib.Path) -> str:
     near = difflib.get_close_matches(root.name, siblings, n=1)
     hint = f"; did you mean {str(root.parent / near[0])!r}?" if near else ""
     return f"data source {path!r} does not exist: give {STDLIB!r}, a folder, a file or a glob{hint}"
-
-
-def _read_file(path: pathlib.Path, name: str, text_key: str) -> Iterable[Document | Skipped]:
-    lower = path.name.lower()
-    try:
-        if lower.endswith((".jsonl", ".jsonl.gz")):
-            return _read_jsonl(path, name, text_key)
-        if lower.endswith(".parquet"):
-            return _read_parquet(path, name, text_key)
-        return [_read_text(path, name)]
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-
-
-def _read_text(path: pathlib.Path, name: str) -> Document | Skipped:
-    # Bytes are decoded by hand: text mode would translate newlines, and what is trained on must be what is on disk.
-    content = path.read_bytes()
-    encoding = "utf-8"
-    try:
-        if path.suffix.lower() in (".py", ".pyi"):
-            encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-        return Document(name, content.decode(encoding))
-    except SyntaxError:  # PEP 263: an unknown or contradictory encoding cookie
-        return Skipped(name, "unknown encoding")
-    except UnicodeDecodeError:
-        return Skipped(name, f"not {encoding}")
-
-
-def _read_jsonl(path: pathlib.Path, name: str, text_key: str) -> list[Document | Skipped]:
-    content = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        content = gzip.decompress(content)
-    items: list[Document | Skipped] = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError:
-            items.append(Skipped(f"{name}:{number}", "not utf-8"))
-            continue
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{place}: not a line of JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: a JSON object was expected, found {type(record).__name__}")
-        _require_key(text_key, list(record), place)
-        items.append(_as_document(f"{name}:{number}", record[text_key], text_key, place))
-    return items
-
-
-def _read_parquet(path: pathlib.Path, name: str, text_key: str) -> list[Document | Skipped]:
-    import pyarrow.parquet  # large, and only these files need it
-
-    try:
-        # `partitioning=None`: the file alone decides its columns, not folder names such as `split=train`.
-        schema = pyarrow.parquet.read_schema(path)
-        _require_key(text_key, list(schema.names), str(path))
-        values = pyarrow.parquet.read_table(path, columns=[text_key], partitioning=None).column(0).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-    return [
-        _as_document(f"{name}:{number}", value, text_key, f"{path}, row {number}")
-        for number, value in enumerate(values, start=1)
-    ]
-
-
-def _require_key(text_key: str, keys: list[str], place: str) -> None:
-    if text_key not in keys:
-        near = difflib.get_close_matches(text_key, keys, n=1, cutoff=0.0)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise UserError(f"{place}: no key {text_key!r} (text_key), found {', '.join(map(repr, keys)) or 'none'}{hint}")
-
-
-def _as_document(name: str, value: object, text_key: str, place: str) -> Document | Skipped:
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {text_key!r} must be a string, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no UTF-8 text can hold
-        return Skipped(name, "not utf-8")
-    return Document(name, value)

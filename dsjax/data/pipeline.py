@@ -187,8 +187,12 @@ class BatchIterator:
         """Plain data, the same on every host: rows taken so far, over all hosts, and the data's fingerprint."""
         return {"rows_taken": self._rows_taken, "fingerprint": self._fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, changes: str = "") -> None:
         """Goes on exactly where `get_state` was called, also with another batch size or number of hosts.
+
+        Args:
+            state: from `get_state`.
+            changes: which files are known to have changed, should the data be other data.
 
         Raises:
             UserError: the state is of other data.
@@ -196,8 +200,8 @@ class BatchIterator:
         if state["fingerprint"] != self._fingerprint:
             raise UserError(
                 f"the training data changed: the run was trained on data with fingerprint"
-                f" {state['fingerprint'][:16]}, found {self._fingerprint[:16]}; restore the documents, tokenizer,"
-                " data.seq_len, data.seed and weights it had, or start a new run"
+                f" {state['fingerprint'][:16]}, found {self._fingerprint[:16]}{changes and f' ({changes})'}; restore"
+                " the documents, tokenizer, data.seq_len, data.seed and weights it had, or start a new run"
             )
         self._start(int(state["rows_taken"]))
 

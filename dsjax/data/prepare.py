@@ -17,17 +17,23 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from dsjax.config import Bounds, PositiveInt, Seed, UserError, validate
-from dsjax.data.corpus import Document, Reading, Source, read_source
+from dsjax import manifest
+from dsjax.config import Bounds, PositiveInt, Seed, Share, UserError, validate
+from dsjax.data.corpus import Reading, Source, check_damage, describe_skipped, read_source
 from dsjax.data.dedup import Duplicate, deduplicate
+from dsjax.data.records import Document, Skipped
+from dsjax.data.token_file import TokenFile, write_tokens
 from dsjax.data.tokenizer import END, SPLIT, Tokenizer, load_tokenizer, parse_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
 # Raise when the same inputs give other arrays (a new split rule, another format): old caches are then left alone.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 # Raise when the same arrays give other rows (pipeline.py): old runs then refuse to resume.
 _ROWS_VERSION = 1
+# Token files up to this many bytes (a second or two of SHA-256) are read through at the start, where damage can be
+# mended by building the entry again; of larger ones each block is checked when it is read, as it is of these, too.
+_VERIFIED_AT_START = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,7 @@ class DataConfig:
     special_tokens: further special tokens of a trained tokenizer.
     held_out_share: expected share of documents held out, chosen by content hash.
     near_duplicate_threshold: Jaccard similarity from which one of two documents is dropped.
+    max_damaged_share: share of the records found that may be damaged; more of them stop the run.
     seq_len: tokens in a row.
     batch_size: rows in a step, over all hosts.
     seed: of every shuffle.
@@ -53,6 +60,7 @@ class DataConfig:
     special_tokens: tuple[str, ...] = ()
     held_out_share: Annotated[float, Bounds(gt=0, lt=1)] = 0.05
     near_duplicate_threshold: Annotated[float, Bounds(gt=0, le=1)] = 0.7
+    max_damaged_share: Share = 0.001
     seq_len: PositiveInt = 256
     batch_size: PositiveInt = 8
     seed: Seed = 0
@@ -84,7 +92,7 @@ class DataConfig:
 class TokenStore:
     """The training documents of one source: document d is tokens[offsets[d] : offsets[d + 1]], without boundaries."""
 
-    tokens: Integer[np.ndarray, " N"]
+    tokens: Integer[np.ndarray, " N"] | TokenFile
     offsets: Int64[np.ndarray, " bounds"]
 
 
@@ -106,12 +114,12 @@ class HeldOut:
 class CorpusReport:
     """Counts for people. Bytes are UTF-8; tokens exclude boundaries.
 
-    skipped: (name, reason) of what was found and not used. duplicates: (dropped, kept in its place, similarity).
+    skipped: what was found and not used, why, and where it is. duplicates: (dropped, kept in its place, similarity).
     """
 
     num_read: int
     bytes_read: int
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[Skipped, ...]
     duplicates: tuple[tuple[str, str, float], ...]
     num_training: int
     training_bytes: int
@@ -129,6 +137,8 @@ class Corpus:
     stores: the training half, one per source of the config.
     held_out: the other half; no content, and no near duplicate of one, is in both.
     fingerprint: SHA-256 that changes with any document, the tokenizer and every setting that changes the rows.
+    documents: for each source, file name -> digest of what was read from it; plain data, for
+        `dsjax.data.corpus.changed_documents`.
     """
 
     stores: tuple[TokenStore, ...]
@@ -136,11 +146,12 @@ class Corpus:
     tokenizer: Tokenizer
     fingerprint: str
     report: CorpusReport
+    documents: tuple[dict[str, str], ...] = ()
 
     def training_documents(self) -> tuple[Integer[np.ndarray, " N"], Int64[np.ndarray, " bounds"]]:
         """Tokens and offsets of all training documents, source after source."""
         lengths = np.concatenate([np.diff(s.offsets) for s in self.stores])
-        return np.concatenate([s.tokens for s in self.stores]), _offsets(lengths)
+        return np.concatenate([np.asarray(s.tokens) for s in self.stores]), _offsets(lengths)
 
 
 def prepare(cfg: DataConfig, cache_dir: str | pathlib.Path, *, progress: Callable[[str], None] | None = None) -> Corpus:
@@ -154,12 +165,16 @@ def prepare(cfg: DataConfig, cache_dir: str | pathlib.Path, *, progress: Callabl
         progress: called with one line as each stage begins.
 
     Raises:
-        UserError: a bad setting, path or file, too few documents, or a tokenizer that does not fit.
+        UserError: a bad setting, path or file, too many damaged records, too few documents, a tokenizer that does not
+            fit, or a cache that can not be written.
     """
     validate(cfg, "data")
     say = progress or (lambda line: None)
     say(f"reading {len(cfg.sources)} source(s)")
     readings = [read_source(source) for source in cfg.sources]
+    if skipped := describe_skipped(readings):
+        say(skipped)
+    check_damage(readings, cfg.max_damaged_share)
     loaded = load_tokenizer(cfg.tokenizer_path, end_token=cfg.end_token) if cfg.tokenizer_path else None
     if loaded is not None and loaded.vocab_size > cfg.vocab_size:
         raise UserError(
@@ -167,18 +182,11 @@ def prepare(cfg: DataConfig, cache_dir: str | pathlib.Path, *, progress: Callabl
             " least that"
         )
     folder = pathlib.Path(cache_dir) / _cache_key(cfg, readings, loaded)
-    cached = _load(folder, cfg)
-    if cached is None:
-        building = _made(_beside(folder, "building"))
-        try:
-            _build(cfg, readings, loaded, building, say)
-            _publish(building, folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-        cached = _load(folder, cfg)
-        if cached is None:
-            raise OSError(f"{folder}: what was just written cannot be read back")
-    return cached
+    try:
+        corpus = _load(folder, cfg) or _make(cfg, readings, loaded, folder, say)
+    except OSError as error:
+        raise UserError(f"data cache {folder} can not be written: {error.strerror or error}") from error
+    return dataclasses.replace(corpus, documents=tuple(reading.digests for reading in readings))
 
 
 def _cache_key(cfg: DataConfig, readings: Sequence[Reading], loaded: Tokenizer | None) -> str:
@@ -187,11 +195,31 @@ def _cache_key(cfg: DataConfig, readings: Sequence[Reading], loaded: Tokenizer |
     digest.update(repr((*settings, cfg.near_duplicate_threshold, loaded and loaded.to_json())).encode())
     for reading in readings:
         listed = [(d.name, d.digest.hex()) for d in reading.documents]
-        digest.update(repr((listed, [(s.name, s.reason) for s in reading.skipped])).encode())
+        digest.update(repr((listed, reading.skipped)).encode())
     return digest.hexdigest()[:32]
 
 
 # ---------------------------------------------------------------- building
+
+
+def _make(
+    cfg: DataConfig,
+    readings: Sequence[Reading],
+    loaded: Tokenizer | None,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+) -> Corpus:
+    """Builds a cache entry beside its place, moves it there and reads it back."""
+    building = _made(_beside(folder, "building"))
+    try:
+        _build(cfg, readings, loaded, building, say)
+        _publish(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    corpus = _load(folder, cfg)
+    if corpus is None:
+        raise OSError("what was just written cannot be read back")
+    return corpus
 
 
 def _build(
@@ -239,7 +267,7 @@ def _build(
     report = CorpusReport(
         num_read=len(documents),
         bytes_read=sum(len(d.content) for d in documents),
-        skipped=tuple((s.name, s.reason) for reading in readings for s in reading.skipped),
+        skipped=tuple(s for reading in readings for s in reading.skipped),
         duplicates=tuple(_named(documents, d) for d in unique.dropped),
         num_training=len(training),
         training_bytes=sum(len(documents[i].content) for i in training),
@@ -249,7 +277,8 @@ def _build(
         held_out_tokens=held_out_tokens,
         vocab_size=tokenizer.vocab_size,
     )
-    _write_manifest(folder, {"content": content.hexdigest(), "report": dataclasses.asdict(report)})
+    about = {"content": content.hexdigest(), "report": dataclasses.asdict(report)}
+    manifest.write(folder, about, manifest.inventory(folder, manifest.files_of(folder)))
 
 
 def split(
@@ -302,28 +331,16 @@ def _offsets(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
 
 
 def _write_tokens(folder: pathlib.Path, name: str, documents: Sequence[Document], tokenizer: Tokenizer) -> int:
-    """Writes tokens_NAME.npy and offsets_NAME.npy; returns the number of tokens."""
+    """Writes tokens_NAME, its checks and the documents' offsets; returns the number of tokens."""
     ids = tokenizer.encode_many([d.text for d in documents])
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    tokens = np.concatenate([i.astype(dtype) for i in ids])
-    np.save(folder / f"tokens_{name}.npy", tokens, allow_pickle=False)
-    np.save(folder / f"offsets_{name}.npy", _offsets([i.size for i in ids]), allow_pickle=False)
+    tokens = np.concatenate([i.astype(_dtype(tokenizer.vocab_size)) for i in ids])
+    (folder / f"checks_{name}").write_bytes(write_tokens(folder / f"tokens_{name}", tokens))
+    (folder / f"offsets_{name}").write_bytes(_offsets([i.size for i in ids]).astype("<i8").tobytes())
     return tokens.size
 
 
-def _seal(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
-    body = json.loads(json.dumps({**body, "files": files}))
-    (folder / "manifest.json").write_text(json.dumps({"body": body, "sha256": _seal(body)}, indent=1))
+def _dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 def _made(folder: pathlib.Path) -> pathlib.Path:
@@ -354,7 +371,7 @@ def _load(folder: pathlib.Path, cfg: DataConfig) -> Corpus | None:
         return None
     try:
         return _read(folder, cfg)
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+    except Exception as error:  # whatever is wrong with it, it can be made again
         _log.warning("data cache %s is damaged (%s); it is built again", folder, error)
         aside = _beside(folder, "damaged")
         with contextlib.suppress(FileNotFoundError):  # another process may have done the same
@@ -364,36 +381,43 @@ def _load(folder: pathlib.Path, cfg: DataConfig) -> Corpus | None:
 
 
 def _read(folder: pathlib.Path, cfg: DataConfig) -> Corpus:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    body = manifest["body"]
-    if manifest["sha256"] != _seal(body):
-        raise ValueError("manifest.json fails its checksum")
-    for name, expected in body["files"].items():
-        path = folder / name
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            raise ValueError(f"{name} fails its checksum")
+    body = manifest.read(folder)
+    # Token files have their own checks, see token_file.py; so that a large one need not be read before the first step.
+    others = [name for name in body["files"] if not name.startswith("tokens_")]
+    for name, found in manifest.inventory(folder, others).items():
+        if found != body["files"][name]:
+            raise manifest.Damaged(f"{name} fails its checksum")
     tokenizer = parse_tokenizer(
         (folder / "tokenizer.json").read_text(encoding="utf-8"), str(folder), end_token=cfg.end_token
     )
-    stores = tuple(_read_store(folder, str(number)) for number in range(len(cfg.sources)))
-    held = _read_store(folder, "held_out")
+    dtype = _dtype(tokenizer.vocab_size)
+    stores = tuple(_read_store(folder, str(number), body["files"], dtype) for number in range(len(cfg.sources)))
+    held = _read_store(folder, "held_out", body["files"], dtype)
     with (folder / "held_out.jsonl").open("rb") as file:
         records = [json.loads(line) for line in file]
     held_out = tuple(
-        HeldOut(r["name"], r["text"], np.asarray(held.tokens[held.offsets[i] : held.offsets[i + 1]], np.int32))
+        HeldOut(r["name"], r["text"], held.tokens[held.offsets[i] : held.offsets[i + 1]].astype(np.int32))
         for i, r in enumerate(records)
     )
     report = body["report"]
-    for key in ("skipped", "duplicates"):
-        report[key] = tuple(tuple(item) for item in report[key])
+    report["skipped"] = tuple(Skipped(**item) for item in report["skipped"])
+    report["duplicates"] = tuple(tuple(item) for item in report["duplicates"])
     return Corpus(stores, held_out, tokenizer, _fingerprint(body["content"], cfg), CorpusReport(**report))
 
 
-def _read_store(folder: pathlib.Path, name: str) -> TokenStore:
-    return TokenStore(
-        np.load(folder / f"tokens_{name}.npy", mmap_mode="r", allow_pickle=False),
-        np.load(folder / f"offsets_{name}.npy", allow_pickle=False),
+def _read_store(folder: pathlib.Path, name: str, files: dict[str, Any], dtype: str) -> TokenStore:
+    tokens = TokenFile(
+        folder / f"tokens_{name}",
+        dtype=dtype,
+        num_bytes=files[f"tokens_{name}"]["bytes"],
+        checks=(folder / f"checks_{name}").read_bytes(),
     )
+    if files[f"tokens_{name}"]["bytes"] <= _VERIFIED_AT_START:
+        tokens.verify()
+    offsets = np.frombuffer((folder / f"offsets_{name}").read_bytes(), "<i8")
+    if offsets[0] != 0 or offsets[-1] != tokens.size or (np.diff(offsets) < 0).any():
+        raise manifest.Damaged(f"offsets_{name} does not fit its tokens")
+    return TokenStore(tokens, offsets)
 
 
 def _fingerprint(content: str, cfg: DataConfig) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -31,11 +32,32 @@ SPLIT = "|".join(
 )
 
 
+MOST_BYTES = 2**28  # of a tokenizer.json; the largest in use have 2**25
+
+# Every tokenizer that is loaded encodes and decodes them: a damaged one may load, and fail or panic at the first text.
+_SAMPLES = ("", "a", "some text", "".join(map(chr, range(256))), "def f(x):\n    return 12345  # é 深 😀\r\n")
+
+
+@contextlib.contextmanager
+def _told_as_user_error(what: str) -> Iterator[None]:
+    """Turns what the library raises into one sentence. It raises plain `Exception`, and where its Rust code panics a
+    `BaseException`, which has no public name.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({' '.join(str(error).split())[:200]})") from error
+
+
 class Tokenizer:
     """Ids for text and back. Special tokens are never produced from text, however it is spelt.
 
     Attributes:
-        vocab_size: number of ids, special tokens included.
+        vocab_size: the largest id plus one: number of ids, special tokens included.
         end_id: the id of the document boundary.
         special_ids: id of each special token by its name.
     """
@@ -52,11 +74,12 @@ class Tokenizer:
                 f"the tokenizer has no special token {end_token!r}; it has {', '.join(self.special_ids) or 'none'}"
             )
         self.end_id = self.special_ids[end_token]
-        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         """The ids of a text, without boundary tokens."""
-        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+        with _told_as_user_error("the tokenizer can not encode a text"):
+            return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_many(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
         """`encode` of each text, in parallel on all cores (no effect on the ids)."""
@@ -68,14 +91,16 @@ class Tokenizer:
             while last < len(texts) and size < 2**20:
                 size += len(texts[last])
                 last += 1
-            encodings = self._inner.encode_batch_fast(list(texts[first:last]), add_special_tokens=False)
+            with _told_as_user_error("the tokenizer can not encode a text"):
+                encodings = self._inner.encode_batch_fast(list(texts[first:last]), add_special_tokens=False)
             ids += [np.asarray(e.ids, np.int32) for e in encodings]
             first = last
         return ids
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " T"], *, skip_special: bool = True) -> str:
         """The text of ids; bytes that form no UTF-8 (a cut character) become U+FFFD."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with _told_as_user_error("the tokenizer can not decode ids"):
+            return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def extensions(self, token: int) -> Bool[np.ndarray, " V"]:
         """Which ids stand for text that begins with the text of ``token``, itself included."""
@@ -123,21 +148,32 @@ def load_tokenizer(path: str | pathlib.Path, *, end_token: str = END) -> Tokeniz
     """Loads a tokenizer.json, for example one of the DeepSeek models'.
 
     Raises:
-        UserError: the file is missing, is no tokenizer, or has no special token `end_token`.
+        UserError: the file is missing, is no tokenizer, has no special token `end_token`, or fails on a sample text.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"tokenizer file {str(path)!r} does not exist")
-    return parse_tokenizer(path.read_text(encoding="utf-8", errors="replace"), str(path), end_token=end_token)
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise UserError(f"{path}: not a tokenizer.json (it has {size} bytes, more than {MOST_BYTES})")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a tokenizer.json (it is not UTF-8)") from None
+    return parse_tokenizer(text, str(path), end_token=end_token)
 
 
 def parse_tokenizer(text: str, origin: str, *, end_token: str = END) -> Tokenizer:
     """A tokenizer from the text of its tokenizer.json; `origin` names it in errors."""
-    try:
+    with _told_as_user_error(f"{origin}: not a tokenizer.json"):
         inner = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{origin}: not a tokenizer.json ({error})") from error
     try:
-        return Tokenizer(inner, end_token=end_token)
+        with _told_as_user_error("it can not be used"):
+            tokenizer = Tokenizer(inner, end_token=end_token)
+            for sample in _SAMPLES:
+                tokenizer.decode(tokenizer.encode(sample), skip_special=False)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from error
+    return tokenizer
