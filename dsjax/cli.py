@@ -14,12 +14,13 @@ import pathlib
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from dsjax import hosts
 from dsjax.config import UserError
 
 Overrides = Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="dotted overrides, e.g. train.steps=100")]
@@ -33,6 +34,13 @@ def train(
     run: Annotated[str, arg(metavar="DIR", help="run folder; default: runs/NAME of the config")] = "",
     print_config: Annotated[bool, arg(help="print the resolved config as JSON and stop")] = False,
     quiet: Annotated[bool, arg(help="print nothing but errors")] = False,
+    coordinator: Annotated[str, arg(metavar="HOST:PORT", help="of process 0, where a cluster is not detected")] = "",
+    num_processes: Annotated[int | None, arg(metavar="N", help="of the whole run; with --coordinator")] = None,
+    process_id: Annotated[int | None, arg(metavar="I", help="this process, from 0; with --coordinator")] = None,
+    join_timeout: Annotated[float, arg(metavar="SECONDS", help="for all processes to come")] = 300.0,
+    stall_timeout: Annotated[
+        float, arg(metavar="SECONDS", help="a process without a step for so long ends all")
+    ] = 1800,
 ) -> int:
     """Train what CONFIG describes; an existing run goes on where it stopped. Ctrl-C saves.
 
@@ -48,7 +56,11 @@ def train(
         kind = type(resolved).__name__
         raise UserError(f"get_config() of {config} returned a {kind}, which is no recipe such as Pretrain")
     validate(resolved)
-    start_jax()
+    for flag, seconds in {"--join-timeout": join_timeout, "--stall-timeout": stall_timeout}.items():
+        if not 0 < seconds < float("inf"):
+            raise UserError(f"{flag} is {seconds:g}; it must be a number of seconds above 0")
+    limits = hosts.HostsConfig(join=join_timeout, stall_after=stall_timeout)
+    start_jax(lambda: hosts.start(coordinator, num_processes, process_id, limits))
     if print_config:
         recipe.check(resolved)
         print(json.dumps(to_dict(resolved), indent=1))
@@ -106,11 +118,11 @@ def generate(
     return 0
 
 
-def start_jax() -> None:
-    """Settings of JAX that every command shares; the first import of it."""
+def start_jax(join: Callable[[], None] = lambda: None) -> None:
+    """Settings of JAX that every command shares; the first import of it. ``join`` connects to other processes."""
     from dsjax.runtime import configure
 
-    configure()
+    configure(join)
 
 
 def read_prompt(content: bytes) -> str:
@@ -145,10 +157,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of a command; its error, if any, is one line on standard error."""
+    """The exit code of a command; its error, if any, is one line on standard error.
+
+    Processes of one run end together: with the code of the first that ends by an error, or all normally.
+    """
     try:
-        code = parse(arguments)()
-        sys.stdout.flush()
+        with left_together():
+            code = parse(arguments)()
+            sys.stdout.flush()
+            hosts.finish()
+    except hosts.HostLost as error:
+        print(f"dsjax: {one_line(str(error))}", file=sys.stderr)
+        code = hosts.EXIT_HOST_LOST
     except UserError as error:
         print(f"dsjax: {one_line(str(error))}", file=sys.stderr)
         code = 2
@@ -164,6 +184,27 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     return code
+
+
+@contextlib.contextmanager
+def left_together() -> Iterator[None]:
+    """Tells the other processes, if there are any, of the error that ends this one; or who of them is to blame."""
+    try:
+        yield
+    except BaseException as error:
+        hosts.blame(error)
+        out_of_memory = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        code, sentence = 1, f"internal error: {type(error).__name__}: {error}"
+        if isinstance(error, hosts.HostLost):
+            code, sentence = hosts.EXIT_HOST_LOST, str(error)
+        elif isinstance(error, UserError):
+            code, sentence = 2, str(error)
+        elif out_of_memory:
+            code, sentence = 2, OUT_OF_MEMORY
+        elif isinstance(error, KeyboardInterrupt):
+            code, sentence = 130, "interrupted"
+        hosts.leave(code, one_line(sentence)[:500])
+        raise
 
 
 def parse(arguments: list[str]) -> Callable[[], int]:
@@ -212,6 +253,8 @@ def one_line(text: str) -> str:
 
 OUT_OF_MEMORY = "out of memory; a smaller data.batch_size or data.seq_len, or a larger train.accumulate needs less"
 
+VALUE_OPTIONS = ("--run", "--coordinator", "--num-processes", "--process-id", "--join-timeout", "--stall-timeout")
+
 DESCRIPTION = """The DeepSeek lineage in JAX: train, evaluate and sample language models from one config.
 
 Start with: dsjax train configs/quickstart.py"""
@@ -224,7 +267,7 @@ def gather_overrides(arguments: list[str]) -> list[str]:
     words, options, takes_value = [], [], False
     for word in arguments[1:]:
         if takes_value or word.startswith("-"):
-            takes_value = not takes_value and word == "--run"
+            takes_value = not takes_value and word in VALUE_OPTIONS
             options.append(word)
         else:
             words.append(word)

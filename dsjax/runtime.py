@@ -7,12 +7,16 @@ import gc
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 from dsjax.config import UserError
 
 
-def configure() -> None:
+def configure(join: Callable[[], None] = lambda: None) -> None:
     """Keeps compiled programs on disk, and the memory of a step in the process.
+
+    Args:
+        join: connects to the other processes, which must come before the first use of a device.
 
     Raises:
         UserError: JAX can not start on the platform that ``JAX_PLATFORMS`` names.
@@ -25,6 +29,7 @@ def configure() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    join()
     try:
         jax.devices()
     except RuntimeError as error:
