@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import math
@@ -14,11 +16,30 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsjax.config import UserError
+from dsjax.manifest import sync_folder
 
 
 def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, and brings it to the disk.
+
+    Raises:
+        UserError: it can not be written.
+    """
     data = content.encode() if isinstance(content, str) else content
+    with told_of(path):
+        _write_atomic(path, data)
+
+
+@contextlib.contextmanager
+def told_of(path: pathlib.Path) -> Iterator[None]:
+    """An error of the file system as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} can not be written: {error.strerror or error}") from error
+
+
+def _write_atomic(path: pathlib.Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = pathlib.Path(name)
     try:
@@ -28,8 +49,10 @@ def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+        sync_folder(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -45,30 +68,37 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # ValueError: also numbers of thousands of digits
             record = None
-        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+        if not (isinstance(record, dict) and type(record.get("step")) is int and _are_numbers(record)):
             if number == len(lines):
                 return
-            raise UserError(f"{path}:{number} is no record with a step: {line[:60]!r}")
+            raise UserError(f"{path}:{number} is no record with a step and numbers: {line[:60]!r}")
         yield record
+
+
+def _are_numbers(record: dict[str, Any]) -> bool:
+    return all(v is None or (type(v) in (int, float) and abs(v) <= sys.float_info.max) for v in record.values())
 
 
 class MetricsLog:
     """Appends records to ``metrics.jsonl`` and, if asked, to TensorBoard event files beside it.
 
     JSON has no NaN: a value that is not finite is null. On a resumed run the records behind the restored step are
-    dropped: those steps are done again.
+    dropped: those steps are done again. ``write=False`` keeps the records in memory alone: of several processes, one
+    writes.
     """
 
-    def __init__(self, folder: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = False):
+    def __init__(self, folder: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = False, write: bool = True):
         self.path = folder / "metrics.jsonl"
-        kept = [r for r in read_metrics(self.path) if r["step"] <= resume_step] if resume_step else []
-        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
-        self.records = kept
-        self._file = self.path.open("a", encoding="utf-8")
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= resume_step] if resume_step else []
+        self._file: Any = None
+        if write:
+            write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+            with told_of(self.path):
+                self._file = self.path.open("ab", buffering=0)
         self._board: Any = None
-        if tensorboard:
+        if tensorboard and write:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
@@ -83,14 +113,19 @@ class MetricsLog:
         record: dict[str, Any] = {"step": step}
         record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.records.append(record)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is None:
+            return
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with told_of(self.path):
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

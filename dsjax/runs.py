@@ -1,25 +1,32 @@
 """A run is a folder.
 
-It holds ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``tokenizer.json``, ``loss.png``, ``report.md``.
+It holds ``config.json``, ``data.json`` (the digest of each file that it is trained on), ``metrics.jsonl``,
+``checkpoints/``, ``tokenizer.json``, ``loss.png``, ``report.md``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.checkpoint import Checkpoints
+from dsjax.checkpoint import Checkpoints, path_name
 from dsjax.config import UserError, from_dict, read_json, to_dict
+from dsjax.data.corpus import changed_documents
+from dsjax.data.prepare import Corpus
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+from dsjax.manifest import make_folder
 from dsjax.metrics import write_atomic
 from dsjax.models.decoder import Decoder
+from dsjax.sharding import joined, split_variables
 
 
 def cache_dir() -> pathlib.Path:
@@ -50,6 +57,10 @@ class RunFolder:
         return self.path / "tokenizer.json"
 
     @property
+    def data(self) -> pathlib.Path:
+        return self.path / "data.json"
+
+    @property
     def failure(self) -> pathlib.Path:
         return self.path / "failure.json"
 
@@ -73,20 +84,22 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether something was trained here already."""
-        return self.checkpoints.is_dir() and any(p.name.isdigit() for p in self.checkpoints.iterdir())
+        committed = re.compile(r"(damaged-)?\d+(-\d+)?")
+        return self.checkpoints.is_dir() and any(committed.fullmatch(p.name) for p in self.checkpoints.iterdir())
 
-    def write(self, config: Any, tokenizer: Tokenizer) -> None:
+    def write(self, config: Any, corpus: Corpus) -> None:
         """Makes the folder, or brings that of a run to go on with up to date.
 
         Raises:
             UserError: it can not be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.config, json.dumps(to_dict(config), indent=1) + "\n")
-            write_atomic(self.tokenizer, tokenizer.to_json())
+            make_folder(self.path)
         except OSError as error:
-            raise UserError(f"run folder {self.path} can not be written: {error.strerror}") from None
+            raise UserError(f"run folder {self.path} can not be made: {error.strerror}") from None
+        write_atomic(self.config, json.dumps(to_dict(config), indent=1) + "\n")
+        write_atomic(self.tokenizer, corpus.tokenizer.to_json())
+        write_atomic(self.data, json.dumps(corpus.documents) + "\n")
 
     def read_config(self) -> Any:
         """The resolved config of the run.
@@ -103,6 +116,13 @@ class RunFolder:
             raise UserError(f"{self.config} holds a {type(config).__name__}, which describes no run")
         return config
 
+    def changed_data(self, corpus: Corpus) -> str:
+        """Which files of the data are others than those that the run was trained on; empty if none is known to be."""
+        try:
+            return changed_documents(json.loads(self.data.read_bytes()), corpus.documents)
+        except (OSError, ValueError, RecursionError):
+            return ""
+
     def open_checkpoints(self) -> Checkpoints:
         """Its checkpoints, to read.
 
@@ -117,7 +137,7 @@ class RunFolder:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A trained model on one device, ready to run."""
+    """A trained model on one device, ready to run; ``params`` are all variables, buffers included."""
 
     graph: Any
     params: Any
@@ -134,16 +154,18 @@ def load_model(run: RunFolder) -> LoadedModel:
     """
     config = run.read_config()
     checkpoints = run.open_checkpoints()
+    tokenizer = load_tokenizer(run.tokenizer)
     arrays, _, step = checkpoints.load_numpy()
+    if checkpoints.about(step).get("tokenizer_sha256") != hashlib.sha256(run.tokenizer.read_bytes()).hexdigest():
+        raise UserError(f"{run.tokenizer} is not the tokenizer that checkpoint {step} of {run.path} was trained with")
     abstract = nnx.eval_shape(lambda: Decoder(config.model, config.compute, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    shapes = nnx.to_pure_dict(state)
+    graph, params, buffers = split_variables(abstract)
 
     def take(path: tuple, leaf: Any) -> jax.Array:
-        name = "params/" + "/".join(str(k.key) for k in path)
+        name = path_name(path)
         if name not in arrays or arrays[name].shape != leaf.shape:
             raise UserError(f"checkpoint {step} of {run.path} does not fit its config: {name} should be {leaf.shape}")
         return jnp.asarray(arrays[name])
 
-    params = jax.tree_util.tree_map_with_path(take, shapes)
-    return LoadedModel(graph, params, load_tokenizer(run.tokenizer), config, step)
+    found = jax.tree_util.tree_map_with_path(take, {"params": params, "buffers": buffers})
+    return LoadedModel(graph, joined(found["params"], found["buffers"]), tokenizer, config, step)

@@ -74,12 +74,13 @@ def small(corpus: str | None = None) -> Pretrain:
     )
 
 
-def small_moe() -> Pretrain:
-    moe = LayerGroup(MoEConfig(num_experts=4, top_k=2, d_ff=8, num_shared_experts=1), ATTENTION)
+def small_moe(corpus: str | None = None, *, bias_update_rate: float = 0.0) -> Pretrain:
+    experts = MoEConfig(num_experts=4, top_k=2, d_ff=8, num_shared_experts=1, bias_update_rate=bias_update_rate)
+    moe = LayerGroup(experts, ATTENTION)
     model = DecoderConfig(
         vocab_size=300, d_model=8, num_layers=2, groups=(LayerGroup(MLPConfig(d_ff=16), ATTENTION, 1), moe)
     )
-    return dataclasses.replace(small(), model=model)
+    return dataclasses.replace(small(corpus), model=model)
 
 
 def changed(config: Pretrain, **parts: dict[str, Any]) -> Pretrain:
@@ -118,8 +119,15 @@ def training_records(run: pathlib.Path) -> list[dict[str, Any]]:
 class Child:
     """``dsjax`` in a process of its own, on one pinned core: XLA:CPU's sums depend on the number of threads."""
 
-    def __init__(self, *arguments: str, code: str = "", env: dict[str, str] | None = None, cwd: Any = None):
-        core = min(os.sched_getaffinity(0))
+    def __init__(
+        self,
+        *arguments: str,
+        code: str = "",
+        env: dict[str, str] | None = None,
+        cwd: Any = None,
+        core: int | None = None,
+    ):
+        core = min(os.sched_getaffinity(0)) if core is None else core
         pin = f"import os\nos.sched_setaffinity(0, {{{core}}})\n"
         program = [sys.executable, "-c", f"{pin}{code}\nfrom dsjax.cli import main\nmain()"]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -22,7 +22,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
     ("pallas_kernels",),
     ("dsjax.config",),
-    ("dsjax.sharding", "dsjax.metrics", "dsjax.checkpoint"),
+    ("dsjax.hosts", "dsjax.background", "dsjax.manifest"),
+    ("dsjax.sharding", "dsjax.metrics", "dsjax.checkpoint", "dsjax.tensor_files"),
     ("dsjax.nn",),
     ("dsjax.models",),
     ("dsjax.sharding_table", "dsjax.data"),
@@ -156,5 +157,5 @@ def test_every_config_loads_and_says_what_came_of_it(path: pathlib.Path) -> None
     config = load_config(path)
     validate(config)
     model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
-    arrays = nnx.to_pure_dict(nnx.split(model)[1])
+    arrays = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert config.model.num_params() == sum(leaf.size for leaf in jax.tree.leaves(arrays))

@@ -116,7 +116,7 @@ def test_print_config_shows_what_the_run_stores(trained: pathlib.Path, capsys: p
 def test_the_folder_of_a_run_is_named_after_its_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert dsjax("train", str(home() / "small.py"), "train.steps=1", "--quiet") == 0
     assert sorted(p.name for p in pathlib.Path("runs/small").iterdir()) == [
-        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "tokenizer.json",
+        "checkpoints", "config.json", "data.json", "loss.png", "metrics.jsonl", "tokenizer.json",
     ]  # fmt: skip
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")

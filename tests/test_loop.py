@@ -26,6 +26,7 @@ from small_runs import (
     write_corpus,
 )
 
+from dsjax import manifest
 from dsjax.config import UserError
 from dsjax.data.batch import Batch
 from dsjax.nn.masks import Documents
@@ -198,7 +199,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def choose(bad: Any, first: int = 1) -> None:
         taken = iter(range(first, 10**9))
         monkeypatch.setattr(
-            pretrain, "place_batch", lambda batch, mesh: place(spoilt(batch) if next(taken) in bad else batch, mesh)
+            pretrain, "place_batch", lambda batch, *where: place(spoilt(batch) if next(taken) in bad else batch, *where)
         )
 
     return choose
@@ -288,14 +289,11 @@ def test_a_run_that_stays_bad_stops_with_a_report(tmp_path: pathlib.Path, spoil:
 
 
 def test_a_save_that_fails_stops_the_run_within_a_step(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orbax.checkpoint._src.path import atomicity
-
-    async def full(*args: Any, **options: Any) -> None:
+    def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     assert run(tmp_path / "run", train={"steps": 4}) == 0
-    for kind in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
-        monkeypatch.setattr(kind, "finalize", full)
+    monkeypatch.setattr(manifest, "write", full)
     with pytest.raises(UserError, match=r"checkpoint \d+ in .* could not be saved: No space left on device"):
         run(tmp_path / "run", train={"steps": 1000})
     assert saved_steps(tmp_path / "run") == [4]
@@ -338,9 +336,9 @@ def test_no_step_compiles_anything_after_the_second(tmp_path: pathlib.Path, monk
     )
     place = pretrain.place_batch
 
-    def counted(batch: Batch, mesh: Any) -> Batch:
+    def counted(batch: Batch, *where: Any) -> Batch:
         at_step.append(len(compiled))
-        return place(batch, mesh)
+        return place(batch, *where)
 
     monkeypatch.setattr(pretrain, "place_batch", counted)
     try:

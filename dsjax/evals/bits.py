@@ -16,7 +16,7 @@ from dsjax.data.pipeline import eval_windows
 from dsjax.data.prepare import HeldOut
 from dsjax.nn.losses import token_losses
 from dsjax.nn.masks import Documents
-from dsjax.sharding import use_mesh
+from dsjax.sharding import replicated, use_mesh
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "mesh"))
@@ -24,7 +24,9 @@ def _nats(graph: Any, mesh: Any, params: Any, tokens_BT, targets_BT, ids_BT, pos
     with use_mesh(mesh):
         model = nnx.merge(graph, params)
         out = model(tokens_BT, Documents(ids_BT, positions_BT))
-        return token_losses(out.hidden_BTD, model.output_weights(), targets_BT, out.copy)
+        nats_BT = token_losses(out.hidden_BTD, model.output_weights(), targets_BT, out.copy)
+    # Every process reads them all.
+    return nats_BT if mesh is None else jax.lax.with_sharding_constraint(nats_BT, replicated(mesh))
 
 
 def document_bits(
@@ -39,6 +41,7 @@ def document_bits(
     mesh: Any = None,
     place: Callable[[Batch], Batch] = lambda batch: batch,
     progress: Callable[[int, int], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Float[np.ndarray, " documents"]:
     """Bits that the model spends on each document, its closing boundary included.
 
@@ -52,6 +55,7 @@ def document_bits(
         mesh: devices, None for one.
         place: puts a batch on the devices.
         progress: called with (batches done, batches in all).
+        stopped: asked after each batch; if true, the rest is left out, and the result is of no use.
     """
     context = seq_len // 2 if context is None else context
     windows = eval_windows(documents, seq_len=seq_len, context=context, batch_size=batch_size, end_id=end_id)
@@ -63,6 +67,8 @@ def document_bits(
         np.add.at(bits, owner_BT[counted], np.asarray(nats, np.float64)[counted] / np.log(2))
         if progress is not None:
             progress(index + 1, len(windows.batches))
+        if stopped():
+            break
     return bits
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax import hosts
 from dsjax.checkpoint import Checkpoints
 from dsjax.config import UserError
 from dsjax.data.batch import Batch
@@ -60,12 +61,13 @@ class Job:
     Attributes:
         trainer: the step functions.
         step: the compiled step.
-        place: puts a batch on the devices.
+        place: puts this process's part of a batch on the devices.
         batches: iterator with ``get_state`` and ``set_state``.
         checkpoints: of the run.
-        evaluate: params -> held-out metrics.
+        evaluate: (variables, stopped) -> held-out metrics; none if ``stopped()`` became true on the way.
         flops_per_token: for the MFU.
         begin: ``time.perf_counter()`` when the command began.
+        data_changes: which files of the data are others than before, should they be asked for.
     """
 
     trainer: Trainer
@@ -73,20 +75,27 @@ class Job:
     place: Callable[[Batch], Batch]
     batches: Any
     checkpoints: Checkpoints
-    evaluate: Callable[[Any], dict[str, float]]
+    evaluate: Callable[[Any, Callable[[], bool]], dict[str, float]]
     flops_per_token: float
     begin: float
+    data_changes: Callable[[], str] = lambda: ""
 
 
 class StopSignal:
     """Turns the first Ctrl-C or SIGTERM into a request to save and stop.
 
     After it a second Ctrl-C ends the process at once, in whatever it is; a second SIGTERM (launchers repeat theirs)
-    changes nothing.
+    changes nothing. With several processes, the signal of one stops all of them at the same step.
+
+    Attributes:
+        received: the signal that came, if it came to this process.
+        stopping: whether all processes are to stop now.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.stopping = False
+        self._agreement = hosts.Agreement()
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -102,6 +111,11 @@ class StopSignal:
         # Not by print: the signal may have come in the middle of one.
         os.write(2, f"\n{self.received}: saving after this step; Ctrl-C stops at once\n".encode())
 
+    def ask(self) -> bool:
+        """Whether to stop, the same on all processes; each of them calls it as often as the others."""
+        self.stopping = self._agreement.ask(self.received is not None) or self.stopping
+        return self.stopping
+
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
@@ -113,47 +127,52 @@ def train(config: Any, run: RunFolder, job: Job, state: TrainState, counters: Co
     Returns:
         The exit code: 0 done, 1 stopped by non-finite numbers, 130 interrupted and saved.
     """
-    log = MetricsLog(run.path, resume_step=counters.iteration, tensorboard=config.log.tensorboard)
+    first = hosts.index() == 0
+    log = MetricsLog(run.path, resume_step=counters.iteration, tensorboard=config.log.tensorboard, write=first)
     progress = Progress(counters.total_steps, counters.iteration, quiet=quiet)
     if counters.iteration:
         progress.note(f"resumed at step {counters.iteration} of {counters.total_steps}")
-    run.failure.unlink(missing_ok=True)
+    if first:
+        run.failure.unlink(missing_ok=True)
     clock, guard = Clock(config, job, log), Guard(job, config.train.seed)
     every, code = config.train, 0
     try:
         with StopSignal() as stop:
-            while counters.iteration < counters.total_steps and stop.received is None:
+            while counters.iteration < counters.total_steps and not stop.stopping:
                 batch = job.place(next(job.batches))
+                hosts.beat(counters.iteration)
                 state, metrics = guard.step(state, counters, batch)
+                stop.ask()
                 last = counters.iteration == counters.total_steps
                 if not clock.running or last or counters.iteration % every.log_every == 0:
                     state = guard.settle(state, counters)
                     clock.log(metrics, counters, progress)
-                if every.eval_every and counters.iteration % every.eval_every == 0:
-                    clock.evaluate(state, counters, progress)
+                if every.eval_every and counters.iteration % every.eval_every == 0 and not stop.stopping:
+                    clock.evaluate(state, counters, progress, stop)
                 if counters.iteration % config.checkpoint.every == 0:
                     state = guard.settle(state, counters)
                     save(job, state, counters)
                 job.checkpoints.check()
             state = guard.settle(state, counters)
-            if job.checkpoints.latest() != counters.iteration:
+            if job.checkpoints.newest != counters.iteration:
                 save(job, state, counters)
-            plot_loss(log.records, run.path / "loss.png", title=run.path.name)  # while the checkpoint is written
+            if first:
+                plot_loss(log.records, run.path / "loss.png", title=run.path.name)  # while the checkpoint is written
             job.checkpoints.wait()
         if counters.iteration < counters.total_steps:
-            progress.note(f"{stop.received}: saved at step {counters.iteration}; the same command goes on from there")
+            why = stop.received or "another process was asked to stop"
+            progress.note(f"{why}: saved at step {counters.iteration}; the same command goes on from there")
             code = EXIT_INTERRUPTED
         else:
             progress.note(f"done: {counters.iteration} steps, {counters.tokens_seen:,} tokens, in {run.path}")
     except NonFinite as error:
-        write_atomic(run.failure, json.dumps(error.report, indent=1) + "\n")
+        if first:
+            write_atomic(run.failure, json.dumps(error.report, indent=1) + "\n")
         progress.note(f"stopped: {error} (see {run.failure}; the last good checkpoint is kept)")
         code = EXIT_FAILED
     finally:
         progress.close()
         log.close()
-        job.batches.close()
-        job.checkpoints.close()
     return code
 
 
@@ -164,10 +183,10 @@ def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
         UserError: the checkpoint is of other data, does not fit the model, or lies behind the steps asked for.
     """
     asked = config.train.steps
-    if job.checkpoints.latest() is None:
+    if job.checkpoints.empty():
         return new_state(job, config.train.seed), Counters(total_steps=asked, asked_steps=asked)
     state, host, _ = job.checkpoints.restore(job.trainer.shapes)
-    job.batches.set_state(host["data"])
+    job.batches.set_state(host["data"], changes=job.data_changes())
     counters = Counters(**host["loop"])
     if counters.iteration > asked:
         raise UserError(
@@ -251,7 +270,7 @@ class Guard:
         counters.rollbacks += 1
         counters.bad_in_a_row = 0
         self._job.checkpoints.wait()
-        if self._job.checkpoints.latest() is None:
+        if self._job.checkpoints.newest is None:
             return new_state(self._job, self._seed)
         return self._job.checkpoints.restore(self._job.trainer.shapes)[0]
 
@@ -296,11 +315,18 @@ class Clock:
         rate_text = f"  {values['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in values else ""
         progress.update(counters.iteration, counters.total_steps, f"loss {values['loss']:.3f}{rate_text}")
 
-    def evaluate(self, state: TrainState, counters: Counters, progress: Progress) -> None:
+    def evaluate(self, state: TrainState, counters: Counters, progress: Progress, stop: StopSignal) -> None:
         begin = time.perf_counter()
-        values = self._job.evaluate(state.params)
+
+        def stopped() -> bool:
+            hosts.beat(counters.iteration)
+            return stop.ask()
+
+        values = self._job.evaluate(state.variables, stopped)
         spent = time.perf_counter() - begin  # not training time
         self._mark = (self._mark[0] + spent, *self._mark[1:])
+        if stop.stopping:
+            return
         self._log.write(counters.iteration, values | {"tokens_seen": counters.tokens_seen, "seconds": self.seconds()})
         progress.note("  ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
@@ -314,8 +340,4 @@ class Clock:
         per_step = (now[0] - self._loop[0]) / (now[1] - self._loop[1])
         fits = counters.iteration + (train.max_minutes * 60 - self.seconds()) / per_step
         planned = int(np.clip(fits, counters.iteration + 1, most))
-        if jax.process_count() > 1:  # every host must stop at the same step
-            from jax.experimental import multihost_utils
-
-            planned = int(multihost_utils.broadcast_one_to_all(np.int32(planned)))
-        counters.total_steps = planned
+        counters.total_steps = hosts.exchange("planned steps", planned)[0]  # the same for every process

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import pathlib
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,6 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import dsjax
+from dsjax import hosts
+from dsjax.background import InBackground
 from dsjax.checkpoint import CheckpointConfig, Checkpoints
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError, to_dict
 from dsjax.data.batch import Batch
@@ -26,7 +31,7 @@ from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from dsjax.nn.masks import Documents
 from dsjax.runs import RunFolder, cache_dir
 from dsjax.runtime import memory_bytes
-from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh
+from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh, rows_of_process
 from dsjax.train.loop import Job, restore_or_init, train
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.step import Trainer, make_trainer
@@ -164,9 +169,12 @@ def least_bytes(config: Pretrain) -> int:
 def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     """Trains, or goes on with, the run in ``folder``; returns the exit code."""
     begin = time.perf_counter()
+    quiet = quiet or hosts.index() > 0  # one process speaks for all
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
 
     # ---------------------------------------------------------------- mesh, model, optimizer
+    hosts.same("config", without_paths(config))
+    hosts.same("version", {"jax": jax.__version__, "dsjax": dsjax.__version__})
     mesh, trainer = check(config)
     model = config.model
     say(f"model: {model.num_params():,} parameters ({model.num_active_params():,} active) on {mesh.size} device(s)")
@@ -189,50 +197,60 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
         raise UserError(
             f"model.vocab_size is {model.vocab_size}; the tokenizer has {corpus.tokenizer.vocab_size} entries"
         )
-    batches = make_batches(corpus, config.data, host_index=jax.process_index(), num_hosts=jax.process_count())
+    hosts.same("data.fingerprint", corpus.fingerprint)
+    part, parts = rows_of_process(mesh, config.data.batch_size)
+    batches = make_batches(corpus, config.data, host_index=part, num_hosts=parts)
 
     # ---------------------------------------------------------------- restore, train
-    first = jax.process_index() == 0
+    first = hosts.index() == 0
     if first and not run_folder.has_checkpoint():
-        run_folder.write(config, corpus.tokenizer)
-    job = Job(
-        trainer=trainer,
-        step=step.result(),
-        place=lambda batch: place_batch(batch, mesh),
-        batches=batches,
-        checkpoints=Checkpoints(run_folder.checkpoints, keep=config.checkpoint.keep),
-        evaluate=held_out_evaluation(config, trainer, corpus, mesh),
-        flops_per_token=model.flops_per_token(config.data.seq_len),
-        begin=begin,
+        run_folder.write(config, corpus)
+    checkpoints = Checkpoints(
+        run_folder.checkpoints,
+        keep=config.checkpoint.keep,
+        about=about(config, mesh, corpus),
     )
-    state, counters = restore_or_init(config, job)
-    if first:  # nothing speaks against going on: the folder now describes the run as it is continued
-        run_folder.write(config, corpus.tokenizer)
-    return train(config, run_folder, job, state, counters, quiet=quiet)
+    with contextlib.closing(batches), contextlib.closing(checkpoints):
+        job = Job(
+            trainer=trainer,
+            step=step.result(),
+            place=lambda batch: place_batch(batch, mesh, part, parts),
+            batches=batches,
+            checkpoints=checkpoints,
+            evaluate=held_out_evaluation(config, trainer, corpus, mesh),
+            flops_per_token=model.flops_per_token(config.data.seq_len),
+            begin=begin,
+            data_changes=lambda: run_folder.changed_data(corpus),
+        )
+        state, counters = restore_or_init(config, job)
+        if first:  # nothing speaks against going on: the folder now describes the run as it is continued
+            run_folder.write(config, corpus)
+        return train(config, run_folder, job, state, counters, quiet=quiet)
 
 
-class InBackground:
-    """A computation on a thread of its own, which nobody waits for if the process ends before."""
+def about(config: Pretrain, mesh: Any, corpus: Corpus) -> dict[str, Any]:
+    """What the manifest of each checkpoint says of the run."""
+    fixed = fixed_part(config)
+    return {
+        "config": fixed,
+        "config_sha256": hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest(),
+        "data_fingerprint": corpus.fingerprint,
+        "tokenizer_sha256": hashlib.sha256(corpus.tokenizer.to_json().encode()).hexdigest(),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "num_devices": mesh.size,
+    }
 
-    def __init__(self, function: Callable[[], Any]):
-        self._function = function
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
 
-    def _run(self) -> None:
-        try:
-            self._result = self._function()
-        except BaseException as error:
-            self._error = error
+def without_paths(config: Pretrain) -> dict[str, Any]:
+    """What all processes must agree on: data may lie elsewhere on each host, its fingerprint is compared later."""
+    flat = _flat(to_dict(config))
+    return {k: v for k, v in flat.items() if k.split(".")[-1] not in ("path", "tokenizer_path")}
 
-    def result(self) -> Any:
-        """What it returned; raises what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._result
+
+def fixed_part(config: Any) -> dict[str, Any]:
+    """What a run may not change when it goes on, by dotted key."""
+    flat = _flat(to_dict(config))
+    return {k: v for k, v in flat.items() if k.split(".")[0] in ("type", "model", "optim") or k == "train.seed"}
 
 
 def refuse_other_run(found: Any, config: Pretrain, folder: pathlib.Path) -> None:
@@ -241,10 +259,9 @@ def refuse_other_run(found: Any, config: Pretrain, folder: pathlib.Path) -> None
     Raises:
         UserError: names the first key that differs.
     """
-    old, new = _flat(to_dict(found)), _flat(to_dict(config))
+    old, new = fixed_part(found), fixed_part(config)
     for key in sorted(set(old) | set(new)):
-        fixed = key.split(".")[0] in ("type", "model", "optim") or key == "train.seed"
-        if fixed and old.get(key) != new.get(key):
+        if old.get(key) != new.get(key):
             raise UserError(
                 f"run folder {folder} was trained with {key}={old.get(key)}, now it is {new.get(key)}; "
                 "give another --run, or the old value"
@@ -266,26 +283,27 @@ def compile_step(trainer: Trainer, batch: Batch) -> Any:
     return step.lower(trainer.shapes, batch, total).compile()
 
 
-def place_batch(batch: Batch, mesh: Any) -> Batch:
-    """This host's rows as part of the global batch on the devices."""
+def place_batch(batch: Batch, mesh: Any, part: int = 0, parts: int = 1) -> Batch:
+    """A batch on the devices, from the part of its rows that this process has."""
     spec = Rules().spec("batch", "length")
-    return jax.tree.map(lambda x: host_array_to_global(np.asarray(x), mesh, spec), batch)
+    return jax.tree.map(lambda x: host_array_to_global(np.asarray(x), mesh, spec, part=part, parts=parts), batch)
 
 
 def held_out_evaluation(config: Pretrain, trainer: Trainer, corpus: Corpus, mesh: Any) -> Any:
-    """A function params -> metrics over the first few held-out documents."""
+    """A function (variables, stopped) -> metrics over the first few held-out documents."""
     documents = corpus.held_out[: config.train.eval_documents]
 
-    def evaluate(params: Any) -> dict[str, float]:
+    def evaluate(variables: Any, stopped: Callable[[], bool]) -> dict[str, float]:
         bits = document_bits(
             trainer.graph,
-            params,
+            variables,
             documents,
             seq_len=config.data.seq_len,
             end_id=corpus.tokenizer.end_id,
             batch_size=config.data.batch_size,
             mesh=mesh,
             place=lambda batch: place_batch(batch, mesh),
+            stopped=stopped,
         )
         return {"held_out_bits_per_byte": bits_per_byte(bits, documents)[0]}
 
