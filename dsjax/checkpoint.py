@@ -25,9 +25,9 @@ import pathlib
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Annotated, Any
 
 import jax
@@ -42,6 +42,7 @@ HostState = dict[str, Any]
 
 SAVE_SECONDS = 1800  # a save that takes longer has failed
 SHARED_SECONDS = 10  # for a new file to be seen by all hosts
+LOCK_SECONDS = 5  # for a process that ends
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Checkpoints:
         self.folder = folder.resolve()
         self._keep, self._about, self._read_only = keep, about or {}, read_only
         self._saving: tuple[int, InBackground] | None = None
-        self._lock: Any = None
+        self._lock: int | None = None
         self.newest: int | None = None  # the step that this process saved or restored last
         if not read_only:
             with self._told_as("checkpoints", "opened"):
@@ -93,15 +94,7 @@ class Checkpoints:
         """Makes the folder, and clears away what a killed process left half-written or half-deleted."""
         if not hosts.index():
             manifest.make_folder(self.folder)
-            self._lock = (self.folder / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process trains the run in {self.folder.parent}; stop it, or give another --run"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+            self._lock = locked(self.folder)
             for left in (*self.folder.glob(".saving-*"), *self.folder.glob(".deleting-*")):
                 shutil.rmtree(left)
         if hosts.count() > 1:
@@ -266,7 +259,8 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # told by wait
                 self._orbax.close()
             if self._lock is not None:
-                self._lock.close()
+                os.close(self._lock)
+                self._lock = None
 
     @contextlib.contextmanager
     def _told_as(self, what: str, done: str) -> Iterator[None]:
@@ -355,6 +349,31 @@ class Checkpoints:
             return flatten(restored), json.loads((self._at(step) / "host.json").read_text(encoding="utf-8"))
 
 
+def locked(folder: pathlib.Path) -> int:
+    """A lock on a folder against other processes of this machine: a file handle, which ends with the process.
+
+    It lies on a disk of the machine. A lock on a shared file system may outlive a host that was switched off.
+
+    Raises:
+        UserError: another process has it, and keeps it.
+    """
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    path = pathlib.Path(tempfile.gettempdir(), f"dsjax-{os.getuid()}-{name}.lock")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(lock)
+                raise UserError(
+                    f"another process trains the run in {folder.parent}; stop it, or give another --run"
+                ) from None
+            time.sleep(0.1)
+
+
 def reason(error: Exception) -> str:
     """What went wrong, in the words of the operating system if it was that."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -364,15 +383,15 @@ def reason(error: Exception) -> str:
 
 def quieten_late_callbacks() -> None:
     """When a write fails, TensorStore's other writes end later, and would each print a trace of a closed event loop."""
-    before = sys.excepthook
+    before = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            before(kind, error, trace)
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
 
-    if not getattr(before, "quiet", False):
+    if not hasattr(before, "quiet"):
         hook.quiet = True  # type: ignore[attr-defined]
-        sys.excepthook = hook
+        sys.unraisablehook = hook
 
 
 def _describes_arrays(arrays: Any) -> bool:

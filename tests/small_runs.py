@@ -83,6 +83,12 @@ def small_moe(corpus: str | None = None, *, bias_update_rate: float = 0.0) -> Pr
     return dataclasses.replace(small(corpus), model=model)
 
 
+def large(corpus: str | None = None) -> Pretrain:
+    """A state of 200 MB: 16.7M parameters, nearly all of them in the embedding and the output matrix."""
+    model = dataclasses.replace(small(corpus).model, vocab_size=65_200, d_model=128, tied=False)
+    return dataclasses.replace(small(corpus), model=model)
+
+
 def changed(config: Pretrain, **parts: dict[str, Any]) -> Pretrain:
     """``config`` with fields of its parts replaced: ``changed(c, train={"steps": 3})``."""
     return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in parts.items()})

@@ -263,3 +263,12 @@ def test_a_folder_that_can_not_be_made_is_one_sentence(tmp_path: pathlib.Path) -
 def test_small_configs_are_small() -> None:
     assert small().model.num_params() < 10_000
     assert small_moe().model.num_params() < 10_000
+
+
+def test_two_processes_do_not_train_one_run(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsjax.checkpoint.LOCK_SECONDS", 0.2)
+    with pytest.raises(UserError, match="another process trains the run in"):
+        Checkpoints(checkpoints.folder)
+    Checkpoints(checkpoints.folder, read_only=True).close()  # but it may be looked at
+    checkpoints.close()
+    Checkpoints(checkpoints.folder).close()

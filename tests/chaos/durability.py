@@ -50,6 +50,7 @@ def not_durable(calls: Sequence[Call], rules: Rules) -> tuple[int, list[str]]:
         wrong.append("the folder of the checkpoints was not fsynced after the commit")
     for call in later:
         removes = call.name in RENAMES or call.name.startswith(("unlink", "rmdir"))
+        removes = removes and call.path.startswith(f"{rules.folder}/")
         if removes and call.result == 0 and (not done or call.begun < done[0].ended):
             wrong.append(f"{_short(call.path, rules)} went ({call.name}) before the commit was on the disk")
     for call in calls:
@@ -126,4 +127,4 @@ def _above(path: str) -> str:
 
 
 def _short(path: str, rules: Rules) -> str:
-    return str(pathlib.PurePath(path).relative_to(rules.folder))
+    return os.path.relpath(path, rules.folder)

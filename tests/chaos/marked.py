@@ -93,12 +93,11 @@ def on_all_cores(function: Callable[[T, int], Any], items: Sequence[T]) -> list[
         return list(pool.map(one, items))
 
 
-def config_file(folder: pathlib.Path) -> pathlib.Path:
-    """The config of these runs: a small mixture with every kind of state that a run can have."""
+def config_file(folder: pathlib.Path, call: str = "small_moe({!r}, bias_update_rate=1e-3)") -> pathlib.Path:
+    """A config of these runs; by default a small mixture with every kind of state that a run can have."""
     path = folder / "config.py"
-    corpus = str(home() / "corpus")
     path.write_text(
         '"""A run of the fault tests."""\n\nimport small_runs\n\n\ndef get_config():\n'
-        f"    return small_runs.small_moe({corpus!r}, bias_update_rate=1e-3)\n"
+        f"    return small_runs.{call.format(str(home() / 'corpus'))}\n"
     )
     return path
