@@ -88,7 +88,14 @@ def kills(n: int, folder: pathlib.Path, control: Uninterrupted, *, seed: int = 0
 
     def one(item: tuple[int, list[str]], core: int) -> tuple[list[str], list[str]]:
         number, plan = item
-        return torture(folder / f"killed_{number}", plan, control, random.Random(seed * 1000 + number), core)
+        killed: list[str] = []
+        failures: list[str] = []
+        while plan and not failures:  # a run may end before all of it is done
+            place, rng = folder / f"killed_{number}_{len(killed)}", random.Random(seed * 1000 + number + len(killed))
+            done, found = torture(place, plan, control, rng, core)
+            killed, failures = killed + done, failures + found
+            plan = plan[len(done) :]
+        return killed, failures
 
     results = on_all_cores(one, list(enumerate(plans)))
     killed = Counter(phase for phases, _ in results for phase in phases)
@@ -104,7 +111,11 @@ def torture(
     folder.mkdir()
     run, killed, failures = folder / "run", [], []
     batches: dict[int, str] = {}
-    for number, phase in enumerate([*plan, "end"]):
+    while not (run / "checkpoints" / str(STEPS)).exists():
+        number = len(killed)
+        phase = plan[number] if number < len(plan) else "end"
+        if phase == "restore" and not (run / "checkpoints").exists():
+            phase = "step"  # there is nothing to restore yet
         env = {"JAX_COMPILATION_CACHE_DIR": str(folder / f"xla_{number}")} if phase == "compile" else {}
         child = Child(*arguments(control.config, run), code=MARKS, env=env, core=core)
         if phase == "end" or not wait_until(child, phase, rng):
@@ -118,8 +129,6 @@ def torture(
             killed.append(phase)
         taken = batches_of(said)
         batches = {k: v for k, v in batches.items() if not taken or k < min(taken)} | taken
-        if (run / "checkpoints" / str(STEPS)).exists():
-            break
     return killed, failures + differences(run, batches, control)
 
 

@@ -1,0 +1,51 @@
+"""A few of every kind of fault, through the checks of ``scripts/chaos``; many of them: ``scripts/chaos --full``."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from chaos import Goal
+from chaos.command import BEGIN, END, KINDS, REPORT, goals, options, table
+
+# What the other tests do not try already: test_chaos_syscalls has crash points and disk errors, test_formats and
+# test_data_damage their own.
+FEW = {"controls": 2, "kills": 8, "mutants": 1, "corruptions": 24, "meshes": 1, "hosts": 1, "sigterms": 1}
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_a_few_faults_do_no_harm_and_would_without_the_defence(kind: str, tmp_path: pathlib.Path) -> None:
+    for goal in goals(kind, FEW[kind], tmp_path, 0):
+        assert goal.failures == ()
+        assert goal.n > 0
+        if kind in ("corruptions", "hosts", "sigterms") and "alarm" not in goal.name:
+            assert goal.mutant
+            assert ", 0 " not in goal.mutant  # without the defence some fail
+
+
+def test_every_kind_has_a_number_of_its_own() -> None:
+    asked = options(["--kills", "3", "--crash-points", "0", "--only", "kills,hosts"])
+    assert (asked.kills, asked.crash_points, asked.hosts, asked.kinds) == (3, 0, None, ["kills", "hosts"])
+
+
+def test_an_unknown_kind_is_one_sentence() -> None:
+    command = [sys.executable, "-m", "chaos.command", "--only", "earthquakes"]
+    done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--only names earthquakes; there are controls, kills" in done.stderr
+
+
+def test_a_failure_stands_in_the_table() -> None:
+    lines = table([Goal("a", 1000, ("it broke",), 61.4, "3 of 4 | fail")]).splitlines()
+    assert lines[-1] == "| a | 1,000 | 1 | 61 | 3 of 4 / fail |"
+
+
+def test_the_report_holds_the_full_table() -> None:
+    rows = REPORT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip().splitlines()[2:-2]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert len(cells) >= len(KINDS)
+    for name, n, failures, _, _ in cells:
+        assert int(n.replace(",", "")) > 0, name
+        assert failures == "0", name
