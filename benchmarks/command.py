@@ -8,11 +8,12 @@ import pathlib
 import subprocess
 import sys
 import venv
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
+from benchmarks.checkpoints import measure
 from benchmarks.timing import ROOT, compare
 
 TORCH = "torch==2.13.0"
@@ -28,13 +29,35 @@ def train(
     compiled: Annotated[bool, arg(help="with --torch, time torch.compile too")] = False,
 ) -> None:
     """Time the training step of one model in dsjax and in bare JAX, in alternation, on an idle machine."""
-    target = pathlib.Path(os.environ.get("DSJAX_CALLED_FROM", "."), json) if json else None
-    if target is not None and not target.parent.is_dir():
-        sys.exit(f"--json {json}: the folder {target.parent} does not exist")
+    target = target_of(json)
     names = ["dsjax", "bare_jax", *(["torch"] if torch else []), *(["torch_compile"] if torch and compiled else [])]
     interpreter = torch_interpreter() if torch else ""
     pythons = {"torch": interpreter, "torch_compile": interpreter} if torch else None
-    text = json_format.dumps(compare(names, model, rounds=rounds, steps=steps, pythons=pythons), indent=1)
+    show(compare(names, model, rounds=rounds, steps=steps, pythons=pythons), target)
+
+
+def checkpoint(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    megabytes: Annotated[int, arg(help="size of the state")] = 200,
+    rounds: Annotated[int, arg(help="saves and restores of each")] = 9,
+) -> None:
+    """Time a save and a restore of dsjax and of Orbax's own manager, in alternation, on an idle machine."""
+    target = target_of(json)
+    show(measure(megabytes, rounds), target)
+
+
+def target_of(json: str) -> pathlib.Path | None:
+    """Where the figures go, seen from where the command was called."""
+    target = pathlib.Path(os.environ.get("DSJAX_CALLED_FROM", "."), json) if json else None
+    if target is not None and not target.parent.is_dir():
+        sys.exit(f"--json {json}: the folder {target.parent} does not exist")
+    return target
+
+
+def show(figures: dict[str, Any], target: pathlib.Path | None) -> None:
+    """Prints the figures as JSON, and writes them."""
+    text = json_format.dumps(figures, indent=1)
     print(text)
     if target is not None:
         target.write_text(text + "\n")
@@ -56,6 +79,7 @@ def torch_interpreter() -> str:
 def main() -> None:
     app = tyro.extras.SubcommandApp()
     app.command(train)
+    app.command(checkpoint)
     app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
 
 
