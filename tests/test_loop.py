@@ -321,7 +321,7 @@ def test_micro_batches_give_the_loss_and_the_update_of_the_whole_batch() -> None
 
 def test_a_limit_of_time_plans_fewer_steps_and_ends_with_a_small_learning_rate(tmp_path: pathlib.Path) -> None:
     asked = 1_000_000
-    parts = {"train": {"steps": asked, "max_minutes": 0.1, "log_every": 10}, "checkpoint": {"every": 10**6}}
+    parts = {"train": {"steps": asked, "max_minutes": 0.2, "log_every": 10}, "checkpoint": {"every": 10**6}}
     assert run(tmp_path / "run", **parts) == 0
     records = training_records(tmp_path / "run")
     found = loop_state(tmp_path / "run")

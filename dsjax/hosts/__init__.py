@@ -153,7 +153,7 @@ def name(process: int) -> str:
 # ---------------------------------------------------------------- telling each other
 
 
-def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
+def exchange(name: str, value: Any, timeout: float | None = None) -> list[Any]:
     """The values that all processes hand in under ``name``, in their order.
 
     Every process must call it as often as the others for each name, from one thread at a time for each name. It uses
@@ -162,7 +162,8 @@ def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
     Args:
         name: what the values are; no ``/``.
         value: anything that JSON can hold; what comes back has gone through JSON, also on one process.
-        timeout: seconds to wait for the others.
+        timeout: seconds to wait for the others; None: ``HostsConfig.stall_after``, since one that is dead is found
+            sooner, and one that is slow may have much to do.
 
     Raises:
         HostLost: names who did not answer.
@@ -171,6 +172,7 @@ def exchange(name: str, value: Any, timeout: float = 300.0) -> list[Any]:
     if _joined is None:
         return [json.loads(text)]
     run = _joined
+    timeout = run.watch.config.stall_after if timeout is None else timeout
     with run.lock:
         run.calls[name] += 1
         call = run.calls[name]
@@ -205,7 +207,7 @@ def _wait_for(run: _Joined, key: str, deadline: float) -> str | None:
             return found
 
 
-def same(name: str, value: Any, timeout: float = 300.0) -> None:
+def same(name: str, value: Any, timeout: float | None = None) -> None:
     """Makes sure that all processes have the same value.
 
     Raises:
@@ -306,7 +308,7 @@ def leave(code: int, sentence: str) -> None:
         _joined.watch.leave(code, sentence)
 
 
-def finish(timeout: float = 300.0) -> None:
+def finish(timeout: float | None = None) -> None:
     """The normal end: waits until every process is here, then takes leave of all at once.
 
     Raises:

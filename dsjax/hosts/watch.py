@@ -82,7 +82,7 @@ class Watch:
     store: Store
 
     def __init__(self, index: int, names: list[str], config: HostsConfig):
-        self._index, self._names, self._config = index, names, config
+        self._index, self._names, self.config = index, names, config
         self._seen = [_Seen() for _ in names]
         self._step, self._turns = -1, 0
         self._clock = 0.0  # seconds in which the judge was running
@@ -112,13 +112,13 @@ class Watch:
             with contextlib.suppress(StoreError):
                 self.store.set(f"beat/{self._index}", json.dumps([beats, self._step, self._turns]))
                 if self._index:
-                    found = self.store.get("beat/0", self._config.period)
+                    found = self.store.get("beat/0", self.config.period)
                     self._note(0, found)
                 else:
                     for process, found in self.store.under("beat").items():
                         self._note(int(process), found)
             beats += 1
-            self._done.wait(self._config.period)
+            self._done.wait(self.config.period)
 
     def _note(self, process: int, found: str | None) -> None:
         if found is None:
@@ -136,16 +136,16 @@ class Watch:
         last = time.monotonic()
         while not self._done.is_set():
             try:
-                end = self.store.get("end", self._config.period)
+                end = self.store.get("end", self.config.period)
             except StoreError:
                 end = None
-                self._done.wait(self._config.period)
+                self._done.wait(self.config.period)
             if self._done.is_set():
                 return
             if end is not None:
                 self._obey(**json.loads(end))
             now = time.monotonic()
-            self._clock += min(now - last, 2 * self._config.period)
+            self._clock += min(now - last, 2 * self.config.period)
             last = now
             self._look_for_lost()
             if not self._index:
@@ -154,10 +154,10 @@ class Watch:
     def _look_for_lost(self) -> None:
         watched = range(1, len(self._names)) if not self._index else (0,)
         silent = {process: self._clock - self._seen[process].beat_at for process in watched}
-        if max(silent.values()) <= self._config.lost_after:
+        if max(silent.values()) <= self.config.lost_after:
             return
         # Of processes that went at the same time, one is found a moment before the other.
-        lost = [process for process, seconds in silent.items() if seconds > 0.75 * self._config.lost_after]
+        lost = [process for process, seconds in silent.items() if seconds > 0.75 * self.config.lost_after]
         who = " and ".join(title(process, self._names) for process in lost)
         sentence = f"{who} {'were' if len(lost) > 1 else 'was'} lost: no sign of life for {max(silent.values()):.0f} s"
         if self._index:
@@ -170,7 +170,7 @@ class Watch:
             return
         begun = self._begun
         ages = [self._clock - max(seen.turn_at, begun) for seen in self._seen]
-        if max(ages) <= self._config.stall_after:
+        if max(ages) <= self.config.stall_after:
             return
         steps = [seen.step for seen in self._seen]
         behind = [process for process, step in enumerate(steps) if step == min(steps)]
@@ -215,7 +215,7 @@ class Watch:
         if self._index:
             _within(1.0, lambda: self.store.set(f"heard/{self._index}", ""))
             return
-        deadline, others = time.monotonic() + self._config.linger, set(range(1, len(self._names))) - set(gone)
+        deadline, others = time.monotonic() + self.config.linger, set(range(1, len(self._names))) - set(gone)
         with contextlib.suppress(StoreError):
             while time.monotonic() < deadline and others - {int(p) for p in self.store.under("heard")}:
                 time.sleep(0.05)
@@ -226,7 +226,7 @@ class Watch:
         if self._done.is_set():
             return
         if not self._ending.acquire(blocking=False):  # the end was already told to this process
-            time.sleep(self._config.linger + 2)
+            time.sleep(self.config.linger + 2)
             return
         said = f"{title(self._index, self._names)} stopped: {sentence}"
         record = {"by": self._index, "code": code, "sentence": said, "blamed": [self._index], "stuck": False}
@@ -236,4 +236,4 @@ class Watch:
 
     def wait_for_verdict(self) -> None:
         """Returns if nobody is found to be lost within the time that this takes."""
-        time.sleep(self._config.lost_after + 5 * self._config.period + self._config.linger)
+        time.sleep(self.config.lost_after + 5 * self.config.period + self.config.linger)

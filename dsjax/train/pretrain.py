@@ -198,6 +198,7 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
             f"model.vocab_size is {model.vocab_size}; the tokenizer has {corpus.tokenizer.vocab_size} entries"
         )
     hosts.same("data.fingerprint", corpus.fingerprint)
+    hosts.beat(0)  # from here on, nobody may be slow for long
     part, parts = rows_of_process(mesh, config.data.batch_size)
     batches = make_batches(corpus, config.data, host_index=part, num_hosts=parts)
 
