@@ -30,7 +30,7 @@ KINDS = {
     "formats": (300, 10_000, "mutated files of every format that is read"),
     "meshes": (1, 5, "meshes on which two processes are compared with one"),
     "hosts": (2, 20, "times that one of two processes is lost"),
-    "sigterms": (2, 20, "times that one of two processes is pre-empted"),
+    "sigterms": (2, 20, "times that one of two processes is preempted"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs of several processes: the same losses as one process, a lost process, a pre-empted one."""
+"""Runs of several processes: the same losses as one process, a lost process, a preempted one."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def reshaped(folder: pathlib.Path) -> Goal:
     legs = [(control, 1, 8, STEPS), (run, 2, 4, 10), (run, 1, 8, 20), (run, 1, 2, STEPS)]
     for place, processes, devices, steps in legs:
         mesh = f"mesh=data=1,fsdp={processes * devices}"
-        # Each leg ends as a pre-empted one does: the plan stays STEPS long.
+        # Each leg ends as a preempted one does: the plan stays STEPS long.
         stop = f"\nimport dsjax.train.loop as loop\nloop.stop_at = {steps}\n" + _STOP_AT
         for code, said, _ in Group(
             arguments(config, place, mesh), processes=processes, devices=devices, code=MARKS + stop
@@ -205,7 +205,7 @@ def lose(group: Group, victim: int, *, frozen: bool = False) -> tuple[list[str],
     return wrong, seconds
 
 
-# ---------------------------------------------------------------- a pre-empted process
+# ---------------------------------------------------------------- a preempted process
 
 
 def sigterms(n: int, folder: pathlib.Path, *, seed: int = 0, code: str = MARKS) -> tuple[Goal, list[float]]:
