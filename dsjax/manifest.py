@@ -64,7 +64,8 @@ def write(folder: pathlib.Path, about: dict[str, Any], files: dict[str, dict[str
 def make_folder(folder: pathlib.Path) -> None:
     """Makes a folder and those above it that are missing, and brings their names to the disk."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
         sync_folder(made.parent)
 

@@ -19,7 +19,7 @@ from dsjax import hosts
 from dsjax.checkpoint import Checkpoints
 from dsjax.config import UserError
 from dsjax.data.batch import Batch
-from dsjax.metrics import MetricsLog, Progress, plot_loss, write_atomic
+from dsjax.metrics import MetricsLog, Progress, plot_loss, told_of, write_atomic
 from dsjax.runs import RunFolder
 from dsjax.train.peak import matmul_peak_flops
 from dsjax.train.step import Trainer, TrainState
@@ -133,7 +133,8 @@ def train(config: Any, run: RunFolder, job: Job, state: TrainState, counters: Co
     if counters.iteration:
         progress.note(f"resumed at step {counters.iteration} of {counters.total_steps}")
     if first:
-        run.failure.unlink(missing_ok=True)
+        with told_of(run.failure):
+            run.failure.unlink(missing_ok=True)
     clock, guard = Clock(config, job, log), Guard(job, config.train.seed)
     every, code = config.train, 0
     try:
