@@ -201,20 +201,18 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     hosts.beat(0)  # from here on, nobody may be slow for long
     part, parts = rows_of_process(mesh, config.data.batch_size)
     batches = make_batches(corpus, config.data, host_index=part, num_hosts=parts)
+    compiled = step.result()  # nothing is made until it is known to compile
 
     # ---------------------------------------------------------------- restore, train
     first = hosts.index() == 0
     if first and not run_folder.has_checkpoint():
         run_folder.write(config, corpus)
-    checkpoints = Checkpoints(
-        run_folder.checkpoints,
-        keep=config.checkpoint.keep,
-        about=about(config, mesh, corpus),
-    )
+    facts = about(config, mesh, corpus)
+    checkpoints = Checkpoints(run_folder.checkpoints, keep=config.checkpoint.keep, about=facts)
     with contextlib.closing(batches), contextlib.closing(checkpoints):
         job = Job(
             trainer=trainer,
-            step=step.result(),
+            step=compiled,
             place=lambda batch: place_batch(batch, mesh, part, parts),
             batches=batches,
             checkpoints=checkpoints,

@@ -24,7 +24,7 @@ KINDS = {
     "kills": (8, 104, "kill -9 of a run, over all its phases"),
     "mutants": (1, 1, "1: also leave each class of state out of a save"),
     "crash-points": (12, 0, "system calls of a save at which it is stopped; 0: all of them"),
-    "disk": (6, 60, "errors of the file system under a run"),
+    "disk": (6, 40, "errors of the file system under a run"),
     "corruptions": (24, 300, "damaged checkpoints"),
     "data-faults": (60, 1000, "damaged files of training data"),
     "formats": (300, 10_000, "mutated files of every format that is read"),
@@ -96,28 +96,50 @@ def options(words: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def table(results: Sequence[Goal]) -> str:
-    """What came of it, in Markdown."""
-    lines = ["| what has to hold | N | failures | seconds | with the defence off |", "|---|---|---|---|---|"]
-    for goal in results:
-        off = goal.mutant.replace("|", "/")
-        lines.append(f"| {goal.name} | {goal.n:,} | {len(goal.failures)} | {goal.seconds:,.0f} | {off} |")
-    return "\n".join(lines)
+def rows(kind: str, results: Sequence[Goal]) -> list[str]:
+    """What came of one kind of fault, in Markdown."""
+    return [
+        f"| {kind} | {goal.name} | {goal.n:,} | {len(goal.failures)} | {goal.seconds:,.0f} | {goal.mutant} |"
+        for goal in results
+    ]
 
 
-def write(results: Sequence[Goal], seconds: float, seed: int) -> None:
-    """Puts the table between its marks in the report."""
+HEAD = [
+    "| `--only` | what has to hold | N | failures | seconds | with the defence off |",
+    "|---|---|---|---|---|---|",
+]
+
+
+def table(found: dict[str, list[str]]) -> str:
+    """The rows of all kinds, in their order."""
+    return "\n".join([*HEAD, *(row for kind in KINDS for row in found.get(kind, []))])
+
+
+def written() -> dict[str, list[str]]:
+    """The rows that the report has, by kind."""
+    found: dict[str, list[str]] = {}
+    for line in REPORT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines():
+        kind = line.strip("| ").split(" |")[0]
+        if kind in KINDS:
+            found.setdefault(kind, []).append(line)
+    return found
+
+
+def write(found: dict[str, list[str]], seed: int) -> None:
+    """Puts rows between the marks of the report; those of kinds that were not tried stay."""
     machine = f"{len(os.sched_getaffinity(0))} cores, {platform.system()}, Python {platform.python_version()}"
     text = REPORT.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    note = f"Seed {seed}, {seconds / 60:.0f} minutes in all on {machine}."
-    REPORT.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{note}\n\n{END}{after}", encoding="utf-8")
+    note = f"Seed {seed}, on {machine}."
+    content = f"{table(written() | found)}\n\n{note}"
+    REPORT.write_text(f"{before}{BEGIN}\n\n{content}\n\n{END}{after}", encoding="utf-8")
 
 
 def main(words: Sequence[str]) -> int:
     """Runs what is asked for; the exit code."""
     asked = options(words)
-    begin, results = time.perf_counter(), []
+    found: dict[str, list[str]] = {}
+    failed = False
     with tempfile.TemporaryDirectory(prefix="dsjax-chaos-") as folder:
         for kind in asked.kinds:
             given = getattr(asked, kind.replace("-", "_"))
@@ -125,16 +147,13 @@ def main(words: Sequence[str]) -> int:
             if n == 0 and kind != "crash-points":
                 continue
             for goal in goals(kind, n, pathlib.Path(folder), asked.seed):
-                results.append(goal)
-                print(f"{goal.name}: N {goal.n}, {len(goal.failures)} failures, {goal.seconds:.0f} s", flush=True)
-                for failure in goal.failures:
-                    print(f"  {failure}", flush=True)
-                if goal.mutant:
-                    print(f"  defence off: {goal.mutant}", flush=True)
-    print(f"\n{table(results)}")
-    if asked.write:
-        write(results, time.perf_counter() - begin, asked.seed)
-    return int(any(goal.failures for goal in results))
+                found.setdefault(kind, []).extend(rows(kind, [goal]))
+                failed = failed or bool(goal.failures)
+                print("\n".join([found[kind][-1], *(f"  {failure}" for failure in goal.failures)]), flush=True)
+            if asked.write:
+                write(found, asked.seed)
+    print(f"\n{table(found)}")
+    return int(failed)
 
 
 if __name__ == "__main__":

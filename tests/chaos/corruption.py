@@ -113,18 +113,23 @@ def damage(step: pathlib.Path, number: int, rng: random.Random) -> tuple[str, st
     if kind in FOLDER_DAMAGE:
         return kind.__name__, kind(step, rng)
     names = [*manifest.files_of(step), manifest.FILE]
-    other = step.with_name(str(OLD))
-    while True:
-        name = names[(number // len(kinds) + rng.randrange(3)) % len(names)]
-        file, theirs = step / name, other / name
-        if not theirs.exists():  # named after its content
-            theirs = other / rng.choice([n for n in manifest.files_of(other) if "/d/" in n])
-        if kind is not swapped or file.read_bytes() != theirs.read_bytes():
-            break
-    if not file.stat().st_size:
+    name = names[(number // len(kinds) + rng.randrange(3)) % len(names)]
+    if kind is swapped:  # some files are the same in both
+        name = rng.choice(
+            [name for name in names if (step / name).read_bytes() != others(step, name, rng).read_bytes()]
+        )
+    elif not (step / name).stat().st_size:
         kind = grown
-    kind(file, theirs, rng)
+    kind(step / name, others(step, name, rng), rng)
     return f"{name} {kind.__name__}", name
+
+
+def others(step: pathlib.Path, name: str, rng: random.Random) -> pathlib.Path:
+    """The file of the same name in the other step; for one that is named after its content, any such file there."""
+    other = step.with_name(str(OLD))
+    if (other / name).exists():
+        return other / name
+    return other / rng.choice([n for n in manifest.files_of(other) if "/d/" in n])
 
 
 # ---------------------------------------------------------------- what a resume makes of it

@@ -370,7 +370,9 @@ def goals(count: int | None = None, *, seed: int = 0, say: Any = None) -> list[G
     lost = power(mutant="no fsync", scenes=SCENES[:1])
     return [
         dataclasses.replace(stopped, mutant=f"{mutant}: {len(caught.failures)} of {caught.n} are wrong"),
-        dataclasses.replace(power(), mutant=f"no fsync: {len(lost.failures)} of {lost.n} are not on the disk"),
+        dataclasses.replace(
+            power(), mutant=f"without fsync, {len(lost.failures)} files and folders are not on the disk"
+        ),
     ]
 
 

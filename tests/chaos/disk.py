@@ -296,7 +296,9 @@ def goals(count: int | None = 40, *, seed: int = 0, say: Any = None) -> list[Goa
     lost = power(mutant="no fsync")
     return [
         dataclasses.replace(borne, mutant="; ".join(caught)),
-        dataclasses.replace(power(), mutant=f"no fsync: {len(lost.failures)} of {lost.n} are not on the disk"),
+        dataclasses.replace(
+            power(), mutant=f"without fsync, {len(lost.failures)} files and folders are not on the disk"
+        ),
     ]
 
 
