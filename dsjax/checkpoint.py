@@ -249,7 +249,12 @@ class Checkpoints:
             return
         (step, commit), self._saving = self._saving, None
         with self._told_as(f"checkpoint {step}", "saved"):
-            commit.result(SAVE_SECONDS)
+            try:
+                commit.result(SAVE_SECONDS)
+            except Exception:
+                if not hosts.index():  # a full disk has no room for half of a step
+                    shutil.rmtree(self.folder / f".saving-{step}", ignore_errors=True)
+                raise
 
     def close(self) -> None:
         """Ends the background threads, once the save under way is committed or has failed."""

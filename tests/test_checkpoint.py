@@ -239,6 +239,7 @@ def test_an_error_of_a_background_save_surfaces_at_the_next_call(
     with pytest.raises(UserError, match=r"checkpoint 2 in .* could not be saved: No space left on device"):
         getattr(checkpoints, call)(*arguments)
     assert checkpoints.latest() == 1
+    assert not [p for p in checkpoints.folder.iterdir() if p.name.startswith(".saving")]
     if call != "close":
         checkpoints.save(4, state, HOST)  # space was made
         checkpoints.close()

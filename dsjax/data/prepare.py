@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _CACHE_VERSION = 2
 # Raise when the same arrays give other rows (pipeline.py): old runs then refuse to resume.
 _ROWS_VERSION = 1
-# Token files up to this many bytes (a second or two of SHA-256) are read through at the start, where damage can be
+# Token files up to this many bytes (some seconds of SHA-256) are read through at the start, where damage can be
 # mended by building the entry again; of larger ones each block is checked when it is read, as it is of these, too.
 _VERIFIED_AT_START = 2**30
 
