@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.config import UserError
-from dsjax.data.tokenizer import END, load_tokenizer, train_tokenizer
+from dsjax.data.tokenizer import END, load_tokenizer, parse_tokenizer, train_tokenizer
 
 _TEXTS = ["def f(self):\n        return self.value_1 + 12345\n" * 20, "class A:\n    x = '<|end|>'\n\n    y = 2\n" * 20]
 
@@ -70,3 +71,27 @@ def test_bad_tokenizer_files(tokenizer, tmp_path):
     path.write_text(tokenizer.to_json(), encoding="utf-8")
     with pytest.raises(UserError, match=r"no special token '<eos>'; it has <.end.>"):
         load_tokenizer(path, end_token="<eos>")
+
+
+@pytest.mark.parametrize("pattern", [r"\p{Lé", r"\p{" + "é" * 40 + "}", "[я-а]", "(?<é", "é["])
+def test_a_wrong_pattern_beyond_ascii_does_not_abort_the_process(pattern: str) -> None:
+    content = json.loads(train_tokenizer(["some text"], 300).to_json())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    with pytest.raises(UserError, match=r"here: not a tokenizer.json \(.*Oniguruma"):
+        parse_tokenizer(json.dumps(content), "here")
+
+
+def test_a_pattern_beyond_ascii_that_is_right_is_kept() -> None:
+    content = json.loads(train_tokenizer(["some text"], 300).to_json())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[а-яё]+|é"
+    assert json.loads(parse_tokenizer(json.dumps(content), "here").to_json()) == content
+
+
+def test_merges_without_the_stated_prefix_do_not_abort_the_process() -> None:
+    content = json.loads(train_tokenizer(["some text " * 9], 300).to_json())
+    assert any(not second.isascii() or not first.isascii() for first, second in content["model"]["merges"])
+    content["model"]["continuing_subword_prefix"] = "."
+    with pytest.raises(
+        UserError, match=r"here: not a tokenizer.json \(merge .* lacks the continuing_subword_prefix '.'"
+    ):
+        parse_tokenizer(json.dumps(content), "here")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -165,9 +167,38 @@ def load_tokenizer(path: str | pathlib.Path, *, end_token: str = END) -> Tokeniz
     return parse_tokenizer(text, str(path), end_token=end_token)
 
 
+def _refuse_what_aborts(text: str) -> None:
+    """Two mistakes in a tokenizer.json make the library cut a character in the middle, and abort the process.
+
+    A wrong regular expression with a character beyond ASCII is one: it is tried with escapes in their place. The other
+    is a merge whose second part lacks the prefix that the model states.
+    """
+    patterns: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        patterns.extend(value for name, value in pairs if name == "Regex" and isinstance(value, str))
+        return dict(pairs)
+
+    try:
+        tree = json.loads(text, object_pairs_hook=collect)
+    except (ValueError, RecursionError):  # the library says what is wrong
+        return
+    for pattern in patterns:
+        tokenizers.Regex("".join(c if c.isascii() else f"\\x{{{ord(c):x}}}" for c in pattern))
+    model = tree.get("model") if isinstance(tree, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    merges = model.get("merges") if isinstance(model, dict) else None
+    if isinstance(prefix, str) and prefix and isinstance(merges, list):
+        for merge in merges:
+            second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1:] if isinstance(merge, list) else ""
+            if not "".join(map(str, second)).startswith(prefix):
+                raise ValueError(f"merge {merge!r} lacks the continuing_subword_prefix {prefix!r}")
+
+
 def parse_tokenizer(text: str, origin: str, *, end_token: str = END) -> Tokenizer:
     """A tokenizer from the text of its tokenizer.json; `origin` names it in errors."""
     with _told_as_user_error(f"{origin}: not a tokenizer.json"):
+        _refuse_what_aborts(text)
         inner = tokenizers.Tokenizer.from_str(text)
     try:
         with _told_as_user_error("it can not be used"):
