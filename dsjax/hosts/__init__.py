@@ -124,8 +124,9 @@ def _connect(place: Place, names: list[str], config: HostsConfig) -> tuple[Any, 
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except RuntimeError:  # its text says nothing, see dsjax.hosts.terminate
+        who = title(1 - place.index, names) if place.count == 2 else "one of them"  # of two, it was the other
         raise HostLost(
-            f"all {place.count} processes came to {place.coordinator}, but one was lost before all were connected"
+            f"all {place.count} processes came to {place.coordinator}, but {who} was lost before all were connected"
         ) from None
     finally:
         distributed._jax.get_distributed_runtime_client = make_client
