@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 
 import pytest
 from chaos import Goal
 from chaos.command import KINDS, goals, options, rows, table, written
+from chaos.marked import config_file
+from chaos.pairs import Group, arguments
+
+from dsjax.hosts import EXIT_HOST_LOST
 
 # What the other tests do not try already: test_chaos_syscalls has crash points and disk errors, test_formats and
 # test_data_damage their own.
@@ -48,3 +54,22 @@ def test_the_report_holds_the_full_table() -> None:
         counts = [[cell.strip() for cell in line.strip("|").split("|")][2:4] for line in lines]
         assert int(counts[0][0].replace(",", "")) >= min(KINDS[kind][1], 100), lines[0]
         assert {failures for _, failures in counts} == {"0"}
+
+
+KILLED_BEFORE_CONNECTING = """
+import os, signal, sys
+import dsjax.hosts as hosts
+if sys.argv[sys.argv.index("--process-id") + 1] == "{victim}":
+    hosts._connect = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+hosts.CONNECT_SECONDS = 5
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_lost_while_connecting_is_named(victim: int, tmp_path: pathlib.Path) -> None:
+    words = arguments(config_file(tmp_path), tmp_path / "run")
+    ends = Group(words, devices=1, code=KILLED_BEFORE_CONNECTING.format(victim=victim)).end(60)
+    assert ends[victim][0] == -signal.SIGKILL
+    code, said, _ = ends[1 - victim]
+    assert code == EXIT_HOST_LOST
+    assert re.search(rf"^dsjax: .*process {victim} \(.*\) was lost before all were connected", said, re.MULTILINE)

@@ -169,7 +169,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path: pathlib.Path) -> Non
         str(tmp_path / "run"),
     )
     fresh = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}  # so that there is something to compile
-    code, _, said = Child(*words, env=fresh).wait_for("documents held out").send(signal.SIGINT).end(timeout=10)
+    code, _, said = Child(*words, env=fresh).wait_for("documents held out").send(signal.SIGINT).end(timeout=30)
     assert code == 130
     assert said.splitlines()[-1] == "dsjax: interrupted"
     assert "Traceback" not in said
