@@ -309,6 +309,17 @@ def leave(code: int, sentence: str) -> None:
         _joined.watch.leave(code, sentence)
 
 
+def _wait_until_nobody_watches(run: _Joined) -> None:
+    """Process 0 must not close its connection while somebody would still take that for a loss."""
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
+    with contextlib.suppress(StoreError):
+        if run.place.index:
+            run.store.set(f"left/{run.place.index}", "")
+            return
+        while len(run.store.under("left")) < run.place.count - 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
 def finish(timeout: float | None = None) -> None:
     """The normal end: waits until every process is here, then takes leave of all at once.
 
@@ -320,6 +331,7 @@ def finish(timeout: float | None = None) -> None:
         return
     exchange("finish", None, timeout)
     _joined.watch.stop()
+    _wait_until_nobody_watches(_joined)
     import jax
 
     # A process that dies here can not harm a run that is done: no error of it counts, and there is a time limit.
