@@ -199,9 +199,9 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
         )
     hosts.same("data.fingerprint", corpus.fingerprint)
     hosts.beat(0)  # from here on, nobody may be slow for long
+    compiled = step.result()  # nothing is made until it is known to compile
     part, parts = rows_of_process(mesh, config.data.batch_size)
     batches = make_batches(corpus, config.data, host_index=part, num_hosts=parts)
-    compiled = step.result()  # nothing is made until it is known to compile
 
     # ---------------------------------------------------------------- restore, train
     first = hosts.index() == 0
