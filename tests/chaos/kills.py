@@ -8,13 +8,11 @@ import random
 import signal
 import time
 from collections import Counter
-from typing import Any
 
-from small_runs import Child, saved, state_hash, training_records
+from small_runs import Child, state_hash, training_records
 
 from chaos import Goal
 from chaos.marked import MARKS, batches_of, config_file, on_all_cores, wait_for_mark
-from dsjax.checkpoint import state_hashes
 
 STEPS, EVERY = 120, 10
 KILLS_OF_A_RUN = 8
@@ -212,9 +210,3 @@ def leaf_mutants(folder: pathlib.Path, control: Uninterrupted) -> Goal:
     failures = tuple(filter(None, results))
     names = ", ".join(list(MUTANTS)[1:])
     return Goal(f"state left out of a save is noticed ({names})", len(MUTANTS), failures, time.perf_counter() - begin)
-
-
-def parts_of(run: pathlib.Path) -> dict[str, Any]:
-    """The hash of each part of a run's state, to see which one differs."""
-    arrays, host, _ = saved(run)
-    return state_hashes(arrays, host)
