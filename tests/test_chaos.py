@@ -65,11 +65,12 @@ hosts.CONNECT_SECONDS = 5
 """
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_lost_while_connecting_is_named(victim: int, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("victim", "processes"), [(0, 2), (1, 2), (0, 3), (1, 3)])
+def test_a_process_that_is_lost_while_connecting_is_named(victim: int, processes: int, tmp_path: pathlib.Path) -> None:
     words = arguments(config_file(tmp_path), tmp_path / "run")
-    ends = Group(words, devices=1, code=KILLED_BEFORE_CONNECTING.format(victim=victim)).end(60)
-    assert ends[victim][0] == -signal.SIGKILL
-    code, said, _ = ends[1 - victim]
-    assert code == EXIT_HOST_LOST
-    assert re.search(rf"^dsjax: .*process {victim} \(.*\) was lost before all were connected", said, re.MULTILINE)
+    code = KILLED_BEFORE_CONNECTING.format(victim=victim)
+    ends = Group(words, processes=processes, devices=1, code=code).end(60)
+    assert ends.pop(victim)[0] == -signal.SIGKILL
+    for code, said, _ in ends:
+        assert code == EXIT_HOST_LOST
+        assert re.search(rf"^dsjax: .*but process {victim} \([^)]*\) was lost before all", said, re.MULTILINE), said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -33,7 +34,9 @@ def together(*places: join.Place, seconds: float = 2.0) -> list[object]:
 
     def come(place: join.Place) -> object:
         try:
-            return join.roll_call(place, hosts.HostsConfig(join=seconds))
+            call = join.roll_call(place, hosts.HostsConfig(join=seconds))
+            call.close()
+            return call.names
         except Exception as error:
             return error
 
@@ -48,6 +51,26 @@ def at(port: int, count: int, index: int) -> join.Place:
 def test_roll_call() -> None:
     port = free_port()
     assert together(*(at(port, 4, i) for i in (3, 1, 0, 2))) == [[HERE] * 4] * 4
+
+
+@pytest.mark.parametrize("lost", [{0}, {2}, {1, 3}, {0, 1}, set()])
+def test_who_is_lost_after_the_roll_call_is_known_to_all(lost: set[int]) -> None:
+    """Of those that are gone, the lower one is frozen, which only its silence shows."""
+    port = free_port()
+
+    def come(index: int) -> object:
+        with contextlib.closing(join.roll_call(at(port, 4, index), hosts.HostsConfig(join=5.0))) as call:
+            if index not in lost:
+                time.sleep(0.2 * index)  # not everybody notices at once
+                return call.who_is_lost(1.0)
+            if index == min(lost):
+                time.sleep(4)
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(come, range(4)))
+    for index in set(range(4)) - lost:
+        assert found[index] == ([0] if 0 in lost else sorted(lost))
 
 
 def test_who_does_not_come_is_named_by_all() -> None:

@@ -24,7 +24,7 @@ import time
 from typing import Any
 
 from dsjax.config import UserError
-from dsjax.hosts.join import HostLost, HostsConfig, Place, find_place, roll_call, title
+from dsjax.hosts.join import HostLost, HostsConfig, Place, RollCall, find_place, roll_call, title
 from dsjax.hosts.store import Store, StoreError
 from dsjax.hosts.watch import EXIT_HOST_LOST, Watch, is_network_error
 
@@ -87,13 +87,16 @@ def start(
     place = find_place(coordinator, num_processes, process_id, config)
     if place is None:
         return
-    names = roll_call(place, config)
-    client, watch = _connect(place, names, config)
-    _joined = _Joined(place, names, Store(client), watch)
+    call = roll_call(place, config)
+    try:
+        client, watch = _connect(place, call, config)
+    finally:
+        call.close()
+    _joined = _Joined(place, call.names, Store(client), watch)
     watch.start()
 
 
-def _connect(place: Place, names: list[str], config: HostsConfig) -> tuple[Any, Watch]:
+def _connect(place: Place, call: RollCall, config: HostsConfig) -> tuple[Any, Watch]:
     """``jax.distributed``, set up so that the loss of process 0 is told to the watch instead of aborting."""
     import jax
     from jax._src import distributed
@@ -104,7 +107,7 @@ def _connect(place: Place, names: list[str], config: HostsConfig) -> tuple[Any, 
     jax_heartbeat_seconds = int(10 * config.lost_after) + 60
     # It would take SIGTERM away from us.
     jax.config.update("jax_enable_preemption_service", False)
-    watch = Watch(place.index, names, config)
+    watch = Watch(place.index, call.names, config)
     make_client = distributed._jax.get_distributed_runtime_client
 
     def make_watched_client(*args: Any, **options: Any) -> Any:
@@ -124,9 +127,10 @@ def _connect(place: Place, names: list[str], config: HostsConfig) -> tuple[Any, 
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except RuntimeError:  # its text says nothing, see dsjax.hosts.terminate
-        who = title(1 - place.index, names) if place.count == 2 else "one of them"  # of two, it was the other
+        lost = [title(process, call.names) for process in call.who_is_lost()] or ["one of them"]
         raise HostLost(
-            f"all {place.count} processes came to {place.coordinator}, but {who} was lost before all were connected"
+            f"all {place.count} processes came to {place.coordinator}, but {' and '.join(lost)}"
+            f" {'was' if len(lost) == 1 else 'were'} lost before all were connected"
         ) from None
     finally:
         distributed._jax.get_distributed_runtime_client = make_client

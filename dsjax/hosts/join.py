@@ -2,7 +2,8 @@
 
 JAX's own way to connect can not say who is missing, and crashes if the port is taken (jaxlib 0.10.2). So process 0
 first listens on the coordinator's port itself: every process comes, says who it is, and is told either the names of all
-or what is wrong. Then the port is given to JAX, and everybody connects at once.
+or what is wrong. Then the port is given to JAX, and everybody connects at once. The connections of the roll call stay
+open until that is done: if it fails, they show who is gone.
 """
 
 from __future__ import annotations
@@ -188,8 +189,62 @@ def _is_alone_on_gke() -> bool:
 # ---------------------------------------------------------------- roll call
 
 
-def roll_call(place: Place, config: HostsConfig) -> list[str]:
-    """Waits until all processes have come; their host names.
+@dataclasses.dataclass
+class RollCall:
+    """Everybody has come; used until JAX has connected them, then closed.
+
+    Attributes:
+        names: the hosts of the processes.
+        line: to process 0.
+        visitors: on process 0, the other ends of all lines.
+    """
+
+    names: list[str]
+    line: socket.socket
+    visitors: dict[int, _Visitor] = dataclasses.field(default_factory=dict)
+
+    def close(self) -> None:
+        for connection in (self.line, *(visitor.connection for visitor in self.visitors.values())):
+            with contextlib.suppress(OSError):
+                connection.close()
+
+    def who_is_lost(self, patience: float = 8.0) -> list[int]:
+        """After connecting has failed, which it does for all: the processes that do not answer.
+
+        Process 0 hears from everybody who is still there, and tells them; they notice the failure within a few
+        seconds of each other, which is what the patience is for.
+        """
+        with contextlib.suppress(OSError):
+            self.line.sendall(b'{"here": true}\n')
+        if self.visitors:
+            lost = self._collect(time.monotonic() + patience)
+            for visitor in self.visitors.values():
+                visitor.say({"lost": lost})
+            return lost
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for message in _messages(self.line, time.monotonic() + patience + 2):
+                if "lost" in message:
+                    return [int(process) for process in message["lost"]]
+        return [0]
+
+    def _collect(self, deadline: float) -> list[int]:
+        waiting = dict(self.visitors)
+        here: set[int] = set()
+        with selectors.DefaultSelector() as ready:
+            for process, visitor in waiting.items():
+                ready.register(visitor.connection, selectors.EVENT_READ, process)
+            while waiting and (left := deadline - time.monotonic()) > 0:
+                for key, _ in ready.select(left):
+                    with contextlib.suppress(OSError):
+                        if waiting[key.data].connection.recv(4096):
+                            here.add(key.data)
+                    ready.unregister(key.fileobj)
+                    del waiting[key.data]
+        return [process for process in self.visitors if process not in here]
+
+
+def roll_call(place: Place, config: HostsConfig) -> RollCall:
+    """Waits until all processes have come.
 
     Raises:
         UserError: the port is taken, or another process contradicts this one.
@@ -198,11 +253,13 @@ def roll_call(place: Place, config: HostsConfig) -> list[str]:
     if place.index:
         return _come(place, config)
     listener = _listen(place, min(config.join, 10.0))
-    caller = threading.Thread(target=_call, args=(listener, place, config.join), daemon=True)
+    visitors: dict[int, _Visitor] = {}
+    caller = threading.Thread(target=_call, args=(listener, place, config.join, visitors), daemon=True)
     caller.start()
-    names = _come(place, config)  # also shows that the address leads to here
+    call = _come(place, config)  # also shows that the address leads to here
     caller.join(10.0)
-    return names
+    call.visitors = dict(sorted(visitors.items()))
+    return call
 
 
 def _listen(place: Place, patience: float) -> socket.socket:
@@ -236,9 +293,11 @@ class _Visitor:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _call(listener: socket.socket, place: Place, seconds: float) -> None:
-    """The roll call itself, on a thread of process 0; everybody hears once a second who is missing."""
-    present: dict[int, _Visitor] = {}
+def _call(listener: socket.socket, place: Place, seconds: float, present: dict[int, _Visitor]) -> None:
+    """The roll call itself, on a thread of process 0; everybody hears once a second who is missing.
+
+    Leaves in ``present`` who is there, with their connections open if that is everybody.
+    """
     deadline, next_word = time.monotonic() + seconds, 0.0
     with listener, selectors.DefaultSelector() as ready:
         ready.register(listener, selectors.EVENT_READ)
@@ -262,11 +321,12 @@ def _call(listener: socket.socket, place: Place, seconds: float) -> None:
             if now > deadline:
                 break
         visitors = [key.data for key in ready.get_map().values() if key.data is not None]
-    if len(present) == place.count:
-        for visitor in present.values():
-            visitor.say({"hosts": [present[i].host for i in range(place.count)]})
+    complete = len(present) == place.count
+    for visitor in present.values() if complete else ():
+        visitor.say({"hosts": [present[i].host for i in range(place.count)]})
     for visitor in visitors:
-        visitor.connection.close()
+        if not (complete and visitor in present.values()):
+            visitor.connection.close()
 
 
 def _hear(visitor: _Visitor, place: Place, present: dict[int, _Visitor]) -> bool:
@@ -300,18 +360,20 @@ def _hear(visitor: _Visitor, place: Place, present: dict[int, _Visitor]) -> bool
     return True
 
 
-def _come(place: Place, config: HostsConfig) -> list[str]:
+def _come(place: Place, config: HostsConfig) -> RollCall:
     """Answers the roll call; has a little more patience than process 0, which says who is missing."""
     host, port = split_address(place.coordinator)
     deadline, reason, missing = time.monotonic() + config.join + 2, "no connection", [0]
     hello = json.dumps({"index": place.index, "count": place.count, "host": socket.gethostname()})
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), min(left, 5.0)) as connection:
+            with contextlib.ExitStack() as closing:
+                connection = closing.enter_context(socket.create_connection((host, port), min(left, 5.0)))
                 connection.sendall(hello.encode() + b"\n")
                 for message in _messages(connection, deadline):
                     if "hosts" in message:
-                        return [str(name) for name in message["hosts"]]
+                        closing.pop_all()
+                        return RollCall([str(name) for name in message["hosts"]], connection)
                     if "refused" in message:
                         raise UserError(str(message["refused"]))
                     missing = [int(process) for process in message["missing"]]
