@@ -53,6 +53,7 @@ def test_the_report_holds_the_full_table() -> None:
     for kind, lines in written().items():
         counts = [[cell.strip() for cell in line.strip("|").split("|")][2:4] for line in lines]
         assert all(cell.replace(",", "").isdecimal() for row in counts for cell in row), lines
+        assert all(failures == "0" for _, failures in counts), lines
         assert int(counts[0][0].replace(",", "")) >= min(KINDS[kind][1], 100), lines[0]
 
 
