@@ -47,6 +47,15 @@ def checkpoint(
     show(measure(megabytes, rounds), target)
 
 
+def plans(
+    only: Annotated[Literal["all", "scaling", "inference", "published"], arg(help="which part")] = "all",
+) -> None:
+    """Plan the jobs of docs/plan.md, and write its tables and pictures; half an hour of compilations the first time."""
+    from benchmarks.plans import PARTS, write
+
+    write(list(PARTS) if only == "all" else [only])
+
+
 def target_of(json: str) -> pathlib.Path | None:
     """Where the figures go, seen from where the command was called."""
     target = pathlib.Path(os.environ.get("DSJAX_CALLED_FROM", "."), json) if json else None
@@ -80,6 +89,7 @@ def main() -> None:
     app = tyro.extras.SubcommandApp()
     app.command(train)
     app.command(checkpoint)
+    app.command(plans)
     app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
 
 

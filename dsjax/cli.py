@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -118,6 +118,76 @@ def generate(
     return 0
 
 
+def plan(
+    config: Annotated[Positional[str], arg(metavar="CONFIG", help="Python file with get_config()")],
+    overrides: Positional[Overrides] = (),
+    /,
+    *,
+    topology: Annotated[
+        str, arg(metavar="CHIP:SHAPE", help="e.g. v5p:4x8x8, v5e:4x4, h100:8, cpu:8; several, by commas, make a curve")
+    ],
+    mode: Annotated[Literal["train", "prefill", "decode"], arg(help="which step")] = "train",
+    mesh: Annotated[str, arg(metavar="AXIS=N,...", help="devices along each mesh axis; default: the config's")] = "",
+    batch: Annotated[str, arg(metavar="N[,N...]", help="sequences of a step; several make a curve")] = "",
+    rows_per_chip: Annotated[
+        int | None, arg(metavar="N", help="instead of --batch: as many for each chip (weak scaling)")
+    ] = None,
+    length: Annotated[int | None, arg(metavar="N", help="tokens of a sequence; default: data.seq_len")] = None,
+    search: Annotated[bool, arg(help="try meshes, remat policies and (inference) batch sizes")] = False,
+    limit: Annotated[int, arg(metavar="N", help="compilations of --search at the most")] = 8,
+    json: Annotated[str, arg(metavar="FILE", help="write the plan there")] = "",
+    plot: Annotated[str, arg(metavar="FILE", help="draw curves, or the candidates of --search, as PNG")] = "",
+    fresh: Annotated[bool, arg(help="compile again what was asked before")] = False,
+    quiet: Annotated[bool, arg(help="no progress on standard error")] = False,
+) -> int:
+    """Compile the real step for chips that are not there: does it fit, what bounds it, how fast at best.
+
+    Exit code 3: it does not fit. Example: dsjax plan configs/seed_moe_175b.py --topology v5p:4x8x8
+    """
+    from dsjax.config import apply_overrides, load_config, validate
+
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here; libtpu is asked in a process of its own
+    resolved = apply_overrides(load_config(config), overrides)
+    validate(resolved)
+    from dsjax.plan.command import Request, run
+
+    sizes = whole_numbers("--batch", batch)
+    for flag, number in {"--length": length, "--rows-per-chip": rows_per_chip, "--limit": limit}.items():
+        if number is not None and not 1 <= number < 2**31:
+            raise UserError(f"{flag} is {number}; it must be a whole number from 1 to 2147483647")
+    if sizes and rows_per_chip is not None:
+        raise UserError("--batch and --rows-per-chip exclude each other; give one of them")
+    return run(
+        resolved,
+        Request(
+            topologies=[t for t in topology.split(",") if t.strip()] or [topology],
+            mode=mode,
+            mesh=mesh,
+            batch_sizes=sizes,
+            rows_per_chip=rows_per_chip,
+            length=length,
+            search=search,
+            limit=limit,
+            json=json,
+            plot=plot,
+            fresh=fresh,
+            quiet=quiet,
+        ),
+    )
+
+
+def whole_numbers(flag: str, text: str) -> list[int]:
+    """Positive numbers separated by commas.
+
+    Raises:
+        UserError: something else.
+    """
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    if not all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in words):
+        raise UserError(f"{flag} is {text!r}; it must be whole numbers from 1, separated by commas")
+    return [int(word) for word in words]
+
+
 def start_jax(join: Callable[[], None] = lambda: None) -> None:
     """Settings of JAX that every command shares; the first import of it. ``join`` connects to other processes."""
     from dsjax.runtime import configure
@@ -214,7 +284,7 @@ def parse(arguments: list[str]) -> Callable[[], int]:
         UserError: there is no such command or option, or a value is missing or wrong.
     """
     app = tyro.extras.SubcommandApp()
-    for name, command in {"train": train, "eval": evaluate, "generate": generate, "inspect": inspect}.items():
+    for name, command in COMMANDS.items():
         app.command(name=name)(deferred(command))
     said = io.StringIO()
     try:
@@ -253,16 +323,21 @@ def one_line(text: str) -> str:
 
 OUT_OF_MEMORY = "out of memory; a smaller data.batch_size or data.seq_len, or a larger train.accumulate needs less"
 
-VALUE_OPTIONS = ("--run", "--coordinator", "--num-processes", "--process-id", "--join-timeout", "--stall-timeout")
+COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "plan": plan, "inspect": inspect}
 
-DESCRIPTION = """The DeepSeek lineage in JAX: train, evaluate and sample language models from one config.
+VALUE_OPTIONS = (
+    ("--run", "--coordinator", "--num-processes", "--process-id", "--join-timeout", "--stall-timeout")
+    + ("--topology", "--mode", "--mesh", "--batch", "--rows-per-chip", "--length", "--limit", "--json", "--plot")
+)  # fmt: skip
+
+DESCRIPTION = """The DeepSeek lineage in JAX: train, evaluate, sample and plan language models from one config.
 
 Start with: dsjax train configs/quickstart.py"""
 
 
 def gather_overrides(arguments: list[str]) -> list[str]:
-    """Puts the ``key=value`` words of ``train`` together behind CONFIG, wherever among the options they stand."""
-    if not arguments or arguments[0] != "train":
+    """Puts the ``key=value`` words together behind CONFIG, wherever among the options they stand."""
+    if not arguments or arguments[0] not in ("train", "plan"):
         return arguments
     words, options, takes_value = [], [], False
     for word in arguments[1:]:
@@ -271,4 +346,4 @@ def gather_overrides(arguments: list[str]) -> list[str]:
             options.append(word)
         else:
             words.append(word)
-    return ["train", *words, *options]
+    return [arguments[0], *words, *options]

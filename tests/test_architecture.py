@@ -31,6 +31,7 @@ LAYERS = (
     ("dsjax.runtime", "dsjax.inspection", "dsjax.infer"),
     ("dsjax.evals",),
     ("dsjax.train",),
+    ("dsjax.plan",),
     ("dsjax.cli",),
     ("dsjax.__main__",),
 )

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.cost import useful_flops
+
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # finite: a row that is all padding must not give NaN
 
@@ -30,6 +32,11 @@ class Tiles:
     spans: int = 8
 
 
+# A span is a loop of its own in the program: fewer of them halve the time of compiling for a TPU, whose matrix unit
+# wants more rows at a time anyway.
+ACCELERATOR_TILES = Tiles(block=512, spans=4)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def causal_attention_xla(
     q_BTNH: Float[Array, "B T N H"],
@@ -37,9 +44,9 @@ def causal_attention_xla(
     v_BTKH: Float[Array, "B T K H"],
     ids_BT: Int[Array, "B T"],
     window: int | None = None,
-    tiles: Tiles = Tiles(),
+    tiles: Tiles | None = None,
 ) -> Float[Array, "B T N H"]:
-    """See :func:`pallas_kernels.causal_attention.causal_attention`."""
+    """See :func:`pallas_kernels.causal_attention.causal_attention`; ``tiles``: None, what suits the platform."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles)[0]
 
 
@@ -65,10 +72,17 @@ def _spans(T: int, window: int | None, tiles: Tiles) -> tuple[int, int, list[_Sp
     return block, num_blocks * block, spans
 
 
-def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
-    """Lengthens axis 1."""
-    extra = length - x.shape[1]
-    widths = [(0, extra if axis == 1 else 0) for axis in range(x.ndim)]
+def _useful_share(T: int, window: int | None, tiles: Tiles) -> float:
+    """Of the (query, key) pairs that are computed, those that a query sees in a document as long as the row."""
+    w = min(window or T, T)
+    seen = w * (w + 1) / 2 + (T - w) * w
+    return seen / sum((span.end - span.start) * (span.end - span.first_key) for span in _spans(T, window, tiles)[2])
+
+
+def _pad(x: jax.Array, length: int, value: int = 0, axis: int = 1) -> jax.Array:
+    """Lengthens an axis."""
+    extra = length - x.shape[axis]
+    widths = [(0, extra if a == axis else 0) for a in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value) if extra else x
 
 
@@ -116,9 +130,25 @@ def _scores(q_BKGtH, k_BKSH, ids_Bt, ids_BS, first_query, first_key, window):
     return jnp.where(sees[:, None, None], scores, MASKED)
 
 
+def _for_platform(f, tiles: Tiles | None, *arguments):
+    """``f(tiles, *arguments)``, with the tiles of the platform that the program is compiled for if none are given."""
+    if tiles is not None:
+        return f(tiles, *arguments)
+    on = {"cpu": functools.partial(f, Tiles()), "default": functools.partial(f, ACCELERATOR_TILES)}
+    return jax.lax.platform_dependent(*arguments, **on)
+
+
 def _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles):
+    arrays = (q_BTNH, k_BTKH, v_BTKH, ids_BT)
+    out_BTNH, log_BKGT1 = _for_platform(functools.partial(_forward_tiled, window), tiles, *arrays)
+    return out_BTNH, (*arrays, out_BTNH, log_BKGT1)
+
+
+def _forward_tiled(window, tiles, q_BTNH, k_BTKH, v_BTKH, ids_BT):
+    """The output, and the log-sum-exp of each query's scores in base 2."""
     T, H, K = q_BTNH.shape[1], q_BTNH.shape[3], k_BTKH.shape[2]
     block, padded, spans = _spans(T, window, tiles)
+    share = _useful_share(T, window, tiles)
     # The factor turns exp into exp2.
     q = _heads_first(_pad(q_BTNH * jnp.asarray(H**-0.5 * LOG2_E, q_BTNH.dtype), padded), K)
     k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
@@ -131,12 +161,14 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles):
         def one(_, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key):
             q, ids_Bt, first_query = xs
             B, K, G, t, H = q.shape
-            scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window)
+            with useful_flops(share):
+                scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window)
             top = scores.max(axis=-1, keepdims=True)
             p = jnp.exp2(scores - top)
             total = p.sum(axis=-1, keepdims=True)
             p = p.reshape(B, K, G * t, -1).astype(v.dtype)
-            out = jnp.einsum("BKTS,BKSH->BKTH", p, v).reshape(B, K, G, t, H)
+            with useful_flops(share):
+                out = jnp.einsum("BKTS,BKSH->BKTH", p, v).reshape(B, K, G, t, H)
             return None, ((out / total).astype(q.dtype), top + jnp.log2(total))
 
         first_queries = jnp.arange(span.start, span.end, block, dtype=jnp.int32)
@@ -144,16 +176,20 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles):
         _, (out, log) = _scan(one, None, xs)
         outs.append(_unblocks(out, 3))
         logs.append(_unblocks(log, 3))
-    out_BTNH = _heads_last(jnp.concatenate(outs, axis=3))[:, :T]
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, jnp.concatenate(logs, axis=3))
+    return _heads_last(jnp.concatenate(outs, axis=3))[:, :T], jnp.concatenate(logs, axis=3)[:, :, :, :T]
 
 
 def _backward(window, tiles, saved, do_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, log = saved
+    return *_for_platform(functools.partial(_backward_tiled, window), tiles, *saved, do_BTNH), None
+
+
+def _backward_tiled(window, tiles, q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, log_BKGT1, do_BTNH):
     (B, T, _, H), K = q_BTNH.shape, k_BTKH.shape[2]
     block, padded, spans = _spans(T, window, tiles)
+    share = _useful_share(T, window, tiles)
     q = _heads_first(_pad(q_BTNH * jnp.asarray(H**-0.5 * LOG2_E, q_BTNH.dtype), padded), K)
     do = _heads_first(_pad(do_BTNH, padded), K)
+    log = _pad(log_BKGT1, padded, axis=3)
     along_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
     along = _heads_first(_pad(along_BTN, padded)[..., None], K)
     k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
@@ -167,14 +203,17 @@ def _backward(window, tiles, saved, do_BTNH):
         def one(sums, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key):
             q, do, log, along, ids_Bt, first_query = xs
             _, _, G, t, _ = q.shape
-            p = jnp.exp2(_scores(q, k, ids_Bt, ids_BS, first_query, first_key, window) - log)
+            with useful_flops(0):  # the forward pass had them
+                scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window)
+            p = jnp.exp2(scores - log)
             q, do = q.reshape(B, K, G * t, H), do.reshape(B, K, G * t, H)
-            dp = jnp.einsum("BKTH,BKSH->BKTS", do, v).reshape(p.shape).astype(jnp.float32)
-            ds = (p * (dp - along)).reshape(B, K, G * t, -1).astype(q.dtype)
-            p = p.reshape(B, K, G * t, -1).astype(q.dtype)
-            dq = jnp.einsum("BKTS,BKSH->BKTH", ds, k).reshape(B, K, G, t, H)
-            dk = jnp.einsum("BKHT,BKTS->BKHS", q.swapaxes(2, 3), ds)
-            dv = jnp.einsum("BKHT,BKTS->BKHS", do.swapaxes(2, 3), p)
+            with useful_flops(share):
+                dp = jnp.einsum("BKTH,BKSH->BKTS", do, v).reshape(p.shape).astype(jnp.float32)
+                ds = (p * (dp - along)).reshape(B, K, G * t, -1).astype(q.dtype)
+                p = p.reshape(B, K, G * t, -1).astype(q.dtype)
+                dq = jnp.einsum("BKTS,BKSH->BKTH", ds, k).reshape(B, K, G, t, H)
+                dk = jnp.einsum("BKHT,BKTS->BKHS", q.swapaxes(2, 3), ds)
+                dv = jnp.einsum("BKHT,BKTS->BKHS", do.swapaxes(2, 3), p)
             new = (dk.astype(jnp.float32), dv.astype(jnp.float32))
             return new if sums is None else jax.tree.map(jnp.add, sums, new), dq
 
@@ -193,7 +232,7 @@ def _backward(window, tiles, saved, do_BTNH):
     dk_BKHS, dv_BKHS = sums
     dq_BTNH = _heads_last(jnp.concatenate(dq, axis=3))[:, :T] * jnp.asarray(H**-0.5, q_BTNH.dtype)
     dk_BTKH, dv_BTKH = (x.transpose(0, 3, 1, 2)[:, :T] for x in (dk_BKHS / LOG2_E, dv_BKHS))
-    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None
+    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype)
 
 
 causal_attention_xla.defvjp(_forward, _backward)

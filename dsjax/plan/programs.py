@@ -1,0 +1,129 @@
+"""The real programs of a config, traced for devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.infer.engine import make_generator
+from dsjax.models.decoder import DecoderConfig
+from dsjax.sharding import make_mesh
+from dsjax.train.pretrain import Pretrain, batch_shapes, build, make_model
+
+Mode = Literal["train", "prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One step, traced.
+
+    Attributes:
+        traced: ``jax.stages.Traced``; lowers and compiles.
+        mesh: of the devices.
+        bytes_by_part: of what the step takes, the bytes that one device holds: parameters, optimizer, cache, batch ...
+        parameter_shapes: (dtype, dimensions) of each parameter on one device.
+        tokens: that one step learns from, reads or makes.
+        model_flops: by the config's own arithmetic, for those tokens.
+        ragged_share: see :func:`dsjax.plan.flops.count_flops`.
+    """
+
+    traced: Any
+    mesh: Any
+    bytes_by_part: dict[str, int]
+    parameter_shapes: list[tuple[str, tuple[int, ...]]]
+    tokens: int
+    model_flops: float
+    ragged_share: float
+
+
+def make_program(
+    config: Pretrain, mode: Mode, devices: Sequence[Any], *, batch_size: int | None = None, length: int | None = None
+) -> Program:
+    """The step of ``mode`` over ``devices``.
+
+    Args:
+        config: the job.
+        mode: ``train``: one update; ``prefill``: all prompts at once; ``decode``: one token of each sequence.
+        devices: of a topology, or real ones.
+        batch_size: sequences; None: the config's (training), 1 (inference).
+        length: tokens of a sequence, in decoding those in the cache; None: the config's.
+
+    Raises:
+        UserError: the mesh does not fit the devices, the batch or the model.
+    """
+    data = dataclasses.replace(
+        config.data,
+        batch_size=batch_size or (config.data.batch_size if mode == "train" else 1),
+        seq_len=length or config.data.seq_len,
+    )
+    config = dataclasses.replace(config, data=data)
+    return _train(config, devices) if mode == "train" else _inference(config, mode, devices)
+
+
+def _train(config: Pretrain, devices: Sequence[Any]) -> Program:
+    mesh, trainer = build(config, list(devices))
+    batch, total = batch_shapes(config, mesh), jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = config.data.batch_size * config.data.seq_len
+    state = trainer.shapes
+    parts = {"parameters": state.params, "optimizer": state.opt_state, "buffers": state.buffers, "batch": batch}
+    return Program(
+        traced=trainer.step.trace(state, batch, total),
+        mesh=mesh,
+        bytes_by_part={name: device_bytes(tree) for name, tree in parts.items()},
+        parameter_shapes=[device_shape(leaf) for leaf in jax.tree.leaves(state.params)],
+        tokens=tokens,
+        model_flops=config.model.flops_per_token(config.data.seq_len) * tokens,
+        ragged_share=1 / mesh.shape["expert"],
+    )
+
+
+def _inference(config: Pretrain, mode: Mode, devices: Sequence[Any]) -> Program:
+    batch_size, length, model = config.data.batch_size, config.data.seq_len, config.model
+    mesh = make_mesh(config.mesh, list(devices))
+    make = functools.partial(make_model, config)
+    generator = make_generator(make, mesh, batch_size=batch_size, slots=length)
+    if mode == "prefill":
+        tokens, traced = batch_size * length, generator.prefill.trace(*generator.prefill_shapes(length))
+        flops = model.flops_per_token(length, training=False) * tokens
+        flops -= 2 * model.vocab_size * model.d_model * (tokens - batch_size)  # logits of the last positions alone
+    else:
+        tokens, traced = batch_size, generator.decode_step.trace(*generator.decode_shapes())
+        flops = tokens * decode_flops(model, length)
+    shapes, cache = generator.shapes, generator.cache_shapes
+    return Program(
+        traced=traced,
+        mesh=generator.mesh,
+        bytes_by_part={"parameters": device_bytes(shapes), "cache": device_bytes(cache)},
+        parameter_shapes=[device_shape(leaf) for leaf in jax.tree.leaves(shapes)],
+        tokens=tokens,
+        model_flops=flops,
+        ragged_share=1 / generator.mesh.shape["expert"],
+    )
+
+
+def decode_flops(model: DecoderConfig, length: int) -> float:
+    """FLOPs of one token that sees ``length`` positions, itself included."""
+    flops = model.flops_per_token(1, training=False)
+    for group, num_layers in model.sized_groups():
+        attention = group.attention
+        seen = min(attention.window or length, length) - 1  # the token itself is counted
+        flops += num_layers * 4 * attention.num_heads * attention.head_dim * seen
+    return flops
+
+
+def device_shape(leaf: Any) -> tuple[str, tuple[int, ...]]:
+    """Element type, as HLO names it, and dimensions of what one device holds of an abstract array."""
+    kind = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "uint32": "u32"}.get(str(leaf.dtype), str(leaf.dtype))
+    return kind, tuple(leaf.sharding.shard_shape(leaf.shape))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of abstract arrays with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
