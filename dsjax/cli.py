@@ -284,7 +284,8 @@ def parse(arguments: list[str]) -> Callable[[], int]:
         UserError: there is no such command or option, or a value is missing or wrong.
     """
     app = tyro.extras.SubcommandApp()
-    for name, command in COMMANDS.items():
+    commands = {"train": train, "eval": evaluate, "generate": generate, "plan": plan, "inspect": inspect}
+    for name, command in commands.items():
         app.command(name=name)(deferred(command))
     said = io.StringIO()
     try:
@@ -322,8 +323,6 @@ def one_line(text: str) -> str:
 
 
 OUT_OF_MEMORY = "out of memory; a smaller data.batch_size or data.seq_len, or a larger train.accumulate needs less"
-
-COMMANDS = {"train": train, "eval": evaluate, "generate": generate, "plan": plan, "inspect": inspect}
 
 VALUE_OPTIONS = (
     ("--run", "--coordinator", "--num-processes", "--process-id", "--join-timeout", "--stall-timeout")

@@ -12,13 +12,14 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import Bounds, UserError
@@ -68,7 +69,12 @@ def make_mesh(cfg: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh of ``cfg`` over ``devices`` (all of them when None)."""
     devices = jax.devices() if devices is None else devices
     shape = cfg.shape(len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # no axis of the chips' torus has this length: an axis of ours takes a part of one
+        chips = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(chips, MESH_AXES, axis_types=types)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +100,74 @@ class Rules:
     # activations
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
     length: tuple[str, ...] = ("context",)
+    slots: tuple[str, ...] = ()  # of a decode cache
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The partition of an array whose dimensions carry these logical axes (None: not split)."""
         return PartitionSpec(*(getattr(self, a) or None if a is not None else None for a in axes))
+
+
+# Where prefill and decode place things: tokens move, weights stay. No weight is cut over an axis that rows are cut
+# over, but the experts, and to those the tokens go. `fsdp` cuts what `tensor` cuts, further: `tensor` key/value heads,
+# `fsdp` the query heads that share one, both together `mlp` and `vocab`.
+INFERENCE = Rules(
+    vocab=("fsdp", "tensor"),
+    embed=(),
+    heads_per_kv=("fsdp",),
+    mlp=("fsdp", "tensor"),
+    batch=("data", "expert"),
+    slots=("context", "fsdp"),
+)
+
+
+def inference_layout(
+    mesh: Mesh, heads: Iterable[tuple[int, int]], batch_size: int, rules: Rules = INFERENCE
+) -> tuple[Mesh, Rules]:
+    """Mesh and rules for ``batch_size`` sequences.
+
+    ``tensor * fsdp`` devices cut a layer's heads. If ``tensor`` does not divide the key/value heads, or ``fsdp`` the
+    query heads of one, the same devices are shared out anew between the two. Rows are cut over ``expert`` if they
+    divide over it; if not, each of its devices has all rows, and the slots of a cache are cut over it instead.
+
+    Args:
+        mesh: devices.
+        heads: (key/value heads, query heads that share one) of each layer group.
+        batch_size: sequences at a time.
+        rules: logical axis -> mesh axes.
+
+    Raises:
+        UserError: batch or heads do not divide over the devices.
+    """
+    fixed = tuple(a for a in rules.batch if a not in rules.expert)
+    rows = math.prod(mesh.shape[a] for a in fixed)
+    if batch_size % rows:
+        over = "*".join(f"{a}={mesh.shape[a]}" for a in fixed if mesh.shape[a] > 1)
+        raise UserError(f"batch_size is {batch_size}; it must divide over the {rows} devices of mesh {over}")
+    if batch_size % math.prod(mesh.shape[a] for a in rules.batch):
+        slots = (*rules.slots, *(a for a in rules.expert if a not in rules.slots))
+        rules = dataclasses.replace(rules, batch=fixed, slots=slots)
+    return _share_out_heads(mesh, tuple(heads)), rules
+
+
+def _share_out_heads(mesh: Mesh, heads: tuple[tuple[int, int], ...]) -> Mesh:
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    ways = fsdp * tensor
+    # What was asked for if it fits, else as many key/value heads apart as possible: those share no cache.
+    candidates = [tensor, *(n for n in range(ways, 0, -1) if ways % n == 0)]
+    fits = (n for n in candidates if all(K % n == 0 and G % (ways // n) == 0 for K, G in heads))
+    found = next(fits, None)
+    if found is None:
+        counts = " or ".join(f"{K} * {G}" for K, G in sorted(set(heads)))
+        raise UserError(
+            f"mesh.fsdp * mesh.tensor is {fsdp} * {tensor}: {ways} devices can not share the"
+            f" attention.num_heads={counts} query heads (key/value heads * queries of each) out evenly"
+        )
+    if found == tensor:
+        return mesh
+    devices = np.moveaxis(mesh.devices, MESH_AXES.index("fsdp"), 2)  # data, expert, fsdp, tensor, context
+    data, expert, _, _, context = devices.shape
+    devices = np.moveaxis(devices.reshape(data, expert, ways // found, found, context), 2, MESH_AXES.index("fsdp"))
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 _current: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("mesh and rules", default=None)

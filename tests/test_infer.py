@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+import os
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import EVERYTHING, V, graph, logits, weights
+from models import ATTENTION, EVERYTHING, V, graph, logits, random_tokens, weights
 
-from dsjax.config import UserError
-from dsjax.infer.engine import complete, generate
+from dsjax.config import UserError, apply_overrides
+from dsjax.infer.engine import Generator, complete, generate, make_generator
 from dsjax.infer.sampling import SamplingConfig, sample
+from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig, LayerGroup
+from dsjax.nn.mlp import MLPConfig
+from dsjax.nn.moe import MoEConfig
+from dsjax.sharding import MeshConfig, make_mesh
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
 
@@ -116,3 +130,183 @@ def test_only_the_given_first_tokens_come_first() -> None:
         sampling=SamplingConfig(2.0, 0, 1.0), first_tokens=[only] * 20,
     )  # fmt: skip
     assert {row[0] for row in rows} == {7, 9}
+
+
+# ---------------------------------------------------------------- meshes
+
+HEADS_4 = dataclasses.replace(ATTENTION, num_heads=8, num_kv_heads=4)
+HEADS_2 = dataclasses.replace(ATTENTION, num_heads=8, num_kv_heads=2)
+EXPERTS = MoEConfig(num_experts=8, top_k=2, d_ff=32, num_shared_experts=1, bias_update_rate=0.01)
+SHARDED = {
+    "dense": DecoderConfig(
+        vocab_size=64, d_model=64, num_layers=2, groups=(LayerGroup(MLPConfig(d_ff=64), HEADS_2),), tied=True
+    ),
+    "experts": DecoderConfig(
+        vocab_size=64,
+        d_model=64,
+        num_layers=3,
+        groups=(
+            LayerGroup(MLPConfig(d_ff=64), HEADS_4, num_layers=1),
+            LayerGroup(EXPERTS, dataclasses.replace(HEADS_4, window=7)),
+        ),
+    ),
+}
+PROMPTS = random_tokens(8, 12)
+IDS = np.ones_like(PROMPTS)
+IDS[1, 9:] = IDS[4, 3:] = 0
+
+
+def generator(name: str, mesh: str, batch: int, devices: list | None = None, **options: Any) -> Generator:
+    config = apply_overrides(MeshConfig(data=1), mesh.split(","))
+    compute = ComputeConfig(dtype=options.pop("compute", "float32"))
+    make = lambda rngs: Decoder(SHARDED[name], compute, rngs=rngs)  # noqa: E731
+    return make_generator(make, make_mesh(config, devices), batch_size=batch, slots=21, **options)
+
+
+def steps(made: Generator, name: str) -> np.ndarray:
+    """Logits behind the prompts and behind each of three greedy tokens."""
+    batch = made.cache_shapes.lengths_B.shape[0]
+    params = made.place(weights(SHARDED[name]))
+    now, cache = made.prefill(params, made.place_rows(PROMPTS[:batch]), made.place_rows(IDS[:batch]))
+    out = [np.asarray(now)]
+    for _ in range(3):
+        now, cache = made.decode_step(params, made.place_rows(out[-1].argmax(-1).astype(np.int32)), cache)
+        out.append(np.asarray(now))
+    return np.stack(out)
+
+
+@functools.cache
+def on_one_device(name: str, batch: int) -> np.ndarray:
+    return steps(generator(name, "data=1", batch, jax.devices()[:1]), name)
+
+
+def moved(text: str) -> dict[str, int]:
+    """What a compiled program sends between devices without adding it up: elements of each result."""
+    found = re.findall(r"= (\w+\[([\d,]*)\]\S*) (all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+    return {f"{kind} {shape}": math.prod(int(n) for n in dims.split(",") if n) for shape, dims, kind in found}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize(
+    ("mesh", "batch"),
+    [
+        ("data=8", 8),
+        ("data=2,tensor=4", 8),
+        ("expert=8", 8),
+        ("expert=8", 1),
+        ("data=2,expert=2,tensor=2", 8),
+        ("tensor=8", 8),  # more than there are key/value heads
+        ("tensor=8", 1),
+        ("fsdp=2,tensor=2,context=2", 8),
+    ],
+)
+def test_every_mesh_gives_the_logits_of_one_device_and_moves_no_weight(name: str, mesh: str, batch: int) -> None:
+    made, want = generator(name, mesh, batch), on_one_device(name, batch)
+    got = steps(made, name)
+    # float32 sums in another order; a logit near 0 is a difference of such, so that errors go with the largest logit
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
+    # Rows at hand have at most batch x 64 elements, the smallest matrix of a layer 64 x 2 x 8: twice that at batch 8.
+    text = made.decode_step.trace(*made.decode_shapes()).lower().compile().as_text()
+    assert all(size <= batch * 64 for size in moved(text).values()), moved(text)
+
+
+def test_devices_beyond_the_key_value_heads_cut_query_heads_and_slots() -> None:
+    made = generator("dense", "tensor=8", 8)
+    assert dict(made.mesh.shape) == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2, "context": 1}
+    cache = made.cache_shapes.groups[0].k_BSKH
+    assert cache.shape == (2, 8, 24, 2, 8)  # 21 slots do not divide over 4
+    assert cache.sharding.shard_shape(cache.shape) == (2, 8, 6, 1, 8)
+    w_q = made.shapes["group_0"]["attention"]["w_q"]
+    assert w_q.sharding.shard_shape(w_q.shape) == (2, 64, 1, 1, 8)
+
+
+def test_rows_are_cut_over_the_expert_axis_if_they_divide_over_it() -> None:
+    cut, whole = (generator("experts", "expert=8", n).cache_shapes.groups[0].k_BSKH for n in (8, 1))
+    assert cut.sharding.shard_shape(cut.shape) == (1, 1, 21, 4, 8)
+    assert whole.sharding.shard_shape(whole.shape) == (1, 1, 3, 4, 8)  # then its slots are
+
+
+def test_a_long_prefill_may_cut_positions_and_a_step_does_not() -> None:
+    made = generator("experts", "context=8", 8)
+    params = made.place(weights(SHARDED["experts"]))
+    # 12 positions do not divide over 8; 16 do
+    longer = np.pad(PROMPTS, ((0, 0), (0, 4))), np.pad(IDS, ((0, 0), (0, 4)))
+    want = on_one_device("experts", 8)[0]
+    for tokens, ids in ((PROMPTS, IDS), longer):
+        got = made.prefill(params, made.place_rows(tokens), made.place_rows(ids))[0]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "batch", "sentence"),
+    [
+        ("dense", "data=8", 3, "batch_size is 3; it must divide over the 8 devices of mesh data=8"),
+        ("dense", "data=4,fsdp=2", 6, "batch_size is 6; it must divide over the 4 devices of mesh data=4"),
+        ("experts", "fsdp=2,tensor=3", 1, "mesh.fsdp \\* mesh.tensor is 2 \\* 3: 6 devices can not share the"),
+    ],
+)
+def test_what_does_not_divide_is_said_before_anything_is_compiled(
+    name: str, mesh: str, batch: int, sentence: str
+) -> None:
+    size = apply_overrides(MeshConfig(data=1), mesh.split(","))
+    devices = jax.devices()[: size.data * size.fsdp * size.tensor]
+    with pytest.raises(UserError, match=sentence):
+        generator(name, mesh, batch, devices)
+
+
+def test_weights_are_kept_in_the_dtype_that_they_are_used_in() -> None:
+    made = generator("experts", "data=1", 8, jax.devices()[:1], compute="bfloat16")
+    kept = {
+        jax.tree_util.keystr(path, simple=True, separator="/").split("/", 1)[-1]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(made.shapes)
+        if leaf.dtype == jnp.float32
+    }
+    norms = {f"{name}/scale" for name in ("attention_norm", "ffn_norm", "attention/q_norm", "attention/k_norm")}
+    assert kept == norms | {"scale", "ffn/w_router", "ffn/selection_bias"}
+    cast = generator("experts", "data=1", 8, jax.devices()[:1], compute="bfloat16", dtype="float32")
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(cast.shapes))
+    np.testing.assert_array_equal(steps(made, "experts"), steps(cast, "experts"))  # cast once, or at each use
+
+
+def test_a_decode_step_takes_the_cache_that_it_is_given() -> None:
+    made = generator("dense", "data=2,tensor=4", 8)
+    params = made.place(weights(SHARDED["dense"]))
+    _, cache = made.prefill(params, made.place_rows(PROMPTS), made.place_rows(IDS))
+    assert jax.tree.map(lambda x: x.sharding, cache) == jax.tree.map(lambda s: s.sharding, made.cache_shapes)
+    made.decode_step(params, made.place_rows(PROMPTS[:, 0]), cache)
+    assert cache.groups[0].k_BSKH.is_deleted()
+
+
+def test_generation_on_a_mesh_is_that_on_one_device() -> None:
+    def run(mesh: Any) -> list[list[int]]:
+        options = {"max_tokens": 6, "end_id": 63, "max_length": 64, "sampling": GREEDY, "steps": 3, "mesh": mesh}
+        prompts = [[1, 2, 3], [4, 5, 4, 5, 4], [3], [2, 2]]
+        return complete(graph(SHARDED["experts"]), weights(SHARDED["experts"]), prompts, **options)
+
+    assert run(make_mesh(MeshConfig(data=2, tensor=4))) == run(None)
+
+
+@pytest.mark.parametrize(("mesh", "batch"), [("data=2,expert=2,tensor=2", 8), ("fsdp=2,expert=4", 1)])
+def test_prefill_and_decode_compile_for_tpu(mesh: str, batch: int) -> None:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    made = generator("experts", mesh, batch, list(devices), compute="bfloat16")
+    prefill = made.prefill.trace(*made.prefill_shapes(16)).lower().compile()
+    assert prefill.memory_analysis().output_size_in_bytes > 0
+    step = made.decode_step.trace(*made.decode_shapes()).lower().compile()
+    cache_bytes = sum(
+        math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(made.cache_shapes)
+    )
+    assert step.memory_analysis().alias_size_in_bytes >= cache_bytes  # changed in place
+    assert all(size <= batch * 64 for size in moved(step.as_text()).values()), moved(step.as_text())
+
+
+def test_mesh_axes_may_take_parts_of_the_axes_of_a_torus() -> None:
+    from jax.experimental import topologies
+
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices)
+    mesh = make_mesh(MeshConfig(data=1, expert=8, tensor=8), devices)
+    assert (mesh.shape["expert"], mesh.shape["tensor"]) == (8, 8)
+    assert len({device.id for device in mesh.devices.flat}) == 64

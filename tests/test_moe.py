@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dsjax.nn.mlp import MLP
 from dsjax.nn.moe import MoE, MoEConfig
 from dsjax.nn.router import route
+from dsjax.sharding import INFERENCE, MeshConfig, Rules, make_mesh, use_mesh
 from pallas_kernels.expert_dispatch import combine, combine_reference, dispatch, dispatch_reference, plan_dispatch
 from pallas_kernels.grouped_matmul import grouped_swiglu
 
@@ -92,6 +93,18 @@ def moe(cfg: MoEConfig) -> MoE:
     return MoE(cfg, D, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("implementation", [None, "reference", "blocks", "ragged"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_grouped_swiglu_of_one_layer_of_a_stack(implementation: str | None, layer: int) -> None:
+    rng = np.random.default_rng(layer)
+    x, sizes_E = jnp.asarray(rng.normal(size=(9, D)), jnp.float32), jnp.array([3, 0, 4])
+    shapes = ((3, 3, D, F), (3, 3, D, F), (3, 3, F, D))
+    stack = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    want = grouped_swiglu(x, *(w[layer] for w in stack), sizes_E, implementation="reference")
+    run = jax.jit(lambda layer: grouped_swiglu(x, *stack, sizes_E, layer=layer, implementation=implementation))
+    np.testing.assert_allclose(run(layer), want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bias", [None, [0.5, 0.0, -0.5, 0.25, 0.0]])
 def test_the_layer_is_a_loop_over_experts(bias: list | None) -> None:
     cfg = MoEConfig(num_experts=5, top_k=2, d_ff=F, routed_scale=1.5, bias_update_rate=0.0 if bias is None else 0.1)
@@ -144,3 +157,19 @@ def test_shared_experts_are_added_to_the_routed_ones() -> None:
     alone = moe(dataclasses.replace(cfg, num_shared_experts=0))
     routed = alone(x, jnp.ones((1, 5)))[0]
     np.testing.assert_allclose(layer(x, jnp.ones((1, 5)))[0], routed + layer.shared(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [("data", "fsdp", "expert"), ("data",)], ids=["tokens-cut", "tokens-everywhere"])
+@pytest.mark.parametrize("rules", [Rules(), INFERENCE], ids=["training", "inference"])
+def test_experts_on_a_mesh_give_what_one_device_gives(rules: Rules, batch: tuple[str, ...]) -> None:
+    """Whether the devices of the expert axis have a part of the tokens each, or all of them."""
+    layer, x = moe(MoEConfig(num_experts=4, top_k=2, d_ff=F)), jax.random.normal(jax.random.key(1), (4, 5, D))
+    want = layer(x, jnp.ones((4, 5)))[0]
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+
+    @jax.jit
+    def run(x):
+        with use_mesh(mesh, dataclasses.replace(rules, batch=batch)):
+            return layer(x, jnp.ones((4, 5)))[0]
+
+    np.testing.assert_allclose(run(x), want, rtol=1e-5, atol=1e-6)

@@ -19,6 +19,7 @@ from dsjax.data.prepare import DataConfig
 from dsjax.models.decoder import ComputeConfig, DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.mlp import MLPConfig
+from dsjax.nn.moe import MoEConfig
 from dsjax.plan import measure as measuring
 from dsjax.plan.chips import CHIPS, parse_topology
 from dsjax.plan.measure import Job, measure
@@ -201,6 +202,25 @@ def test_more_chips_share_the_state() -> None:
     four, eight = (make_program(dense(fsdp=n), "train", jax.devices()[:n]).bytes_by_part for n in (4, 8))
     assert eight["parameters"] == pytest.approx(four["parameters"] / 2, rel=0.02)
     assert eight["optimizer"] == pytest.approx(four["optimizer"] / 2, rel=0.02)
+
+
+def test_decoding_reads_what_it_needs_once() -> None:
+    """Of a stack of layers nothing is copied to be read: no expert without a row, and no cache to be written."""
+    attention = AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=128)
+    experts = MoEConfig(num_experts=32, top_k=2, d_ff=1024)
+    model = DecoderConfig(2048, d_model=1024, num_layers=6, groups=(LayerGroup(experts, attention),))
+    base = dataclasses.replace(dense(data=1, tensor=4), model=model)
+    rows, length = 4, 4096
+    # On a v5e a stack of this size would be brought to VMEM whole, of which it has twice as much.
+    plan = measure(Job(base, "v5p:2x2x1", "decode", rows, length))
+    layer = 1024 * 128 * (2 * 8 + 2 * 4) + 3 * 1024 * 1024 * 32 * (1 - (31 / 32) ** (2 * rows))
+    weights = 2 * (6 * layer + 1024 * 2048) / 4
+    cache = 6 * rows * length * 2 * 128 * 2  # the device's one key/value head
+    moved = plan["hbm_traffic_bytes"]
+    assert 0.9 * (weights + cache) < moved["read"] < 1.3 * (weights + cache)
+    assert moved["written"] < 0.1 * (weights + cache)
+    assert plan["flops_per_step"] == pytest.approx(plan["flops_of_config"], rel=0.03)
+    assert plan["hbm_breakdown_bytes"]["cache"] == pytest.approx(cache, rel=0.01)
 
 
 # ---------------------------------------------------------------- the roofline

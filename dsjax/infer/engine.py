@@ -4,61 +4,192 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import UserError
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.sampling import SamplingConfig, sample
+from dsjax.models.decoder import cache_shardings
 from dsjax.nn.cache import Cache
 from dsjax.nn.masks import Documents
+from dsjax.sharding import (
+    INFERENCE,
+    MeshConfig,
+    Rules,
+    host_array_to_global,
+    inference_layout,
+    joined,
+    logical_axes,
+    make_mesh,
+    replicated,
+    shardings,
+    split_variables,
+    use_mesh,
+)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "slots"))
-def prefill(
-    graph: Any, params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"], slots: int
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits behind the last real token of each row, and a cache of ``slots`` positions that holds the prompts.
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """The pure functions of inference on one mesh, for one batch size, and where weights and cache live.
 
-    Rows end in padding (id 0).
+    Attributes:
+        prefill: (params, tokens_BT, ids_BT) -> (logits_BV behind each row's last real token, cache that holds the
+            prompts). Rows end in padding (id 0).
+        decode_step: (params, token_B, cache) -> (logits_BV, cache); the given cache is donated.
+        decode: (params, logits_BV, cache, key, sampling=, steps=) -> (tokens_BS, logits_BV behind the last, cache):
+            ``steps`` times a token sampled, and ``decode_step``; the given cache is donated.
+        shapes: abstract parameters and buffers with shardings, each in the dtype that it is used in.
+        cache_shapes: the abstract cache with shardings.
+        mesh: the devices, as :func:`dsjax.sharding.inference_layout` shares them out.
+        rules: logical axis -> mesh axes.
     """
-    model = nnx.merge(graph, params)
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    out = model(tokens_BT, Documents(ids_BT, positions_BT), cache=model.empty_cache(tokens_BT.shape[0], slots))
-    last_B = out.cache.lengths_B - 1
-    last = jax.tree.map(lambda x: x[jnp.arange(len(x)), last_B][:, None], (out.hidden_BTD, out.copy))
-    logits_B1V = model.logits(dataclasses.replace(out, hidden_BTD=last[0], copy=last[1]))
-    return logits_B1V[:, 0], out.cache
+
+    prefill: Any  # jitted functions: also lowered and compiled ahead of time
+    decode_step: Any
+    decode: Any
+    shapes: Any
+    cache_shapes: Cache
+    mesh: Mesh
+    rules: Rules
+
+    def place(self, params: Any) -> Any:
+        """``params``, buffers included, on their devices, cast once to the dtype that each is used in."""
+
+        def put(x: Any, like: Any) -> jax.Array:
+            return jax.device_put(x if x.dtype == like.dtype else x.astype(like.dtype), like.sharding)
+
+        return jax.tree.map(put, params, self.shapes)
+
+    def place_rows(self, x: np.ndarray) -> jax.Array:
+        """An array whose first dimension is the batch, on the devices."""
+        return host_array_to_global(x, self.mesh, self.rules.spec("batch"))
+
+    def prefill_shapes(self, length: int) -> tuple[Any, Any, Any]:
+        """The abstract arguments of ``prefill`` for rows of ``length`` positions."""
+        lengths_B = self.cache_shapes.lengths_B
+        rows = jax.ShapeDtypeStruct((*lengths_B.shape, length), jnp.int32, sharding=lengths_B.sharding)
+        return self.shapes, rows, rows
+
+    def decode_shapes(self) -> tuple[Any, Any, Cache]:
+        """The abstract arguments of ``decode_step``."""
+        return self.shapes, self.cache_shapes.lengths_B, self.cache_shapes
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "sampling", "steps"), donate_argnames=("cache",))
-def decode(
-    graph: Any,
-    params: Any,
-    logits_BV: Float[Array, "B V"],
-    cache: Cache,
-    key: jax.Array,
+def make_generator(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    mesh: Mesh,
     *,
-    sampling: SamplingConfig,
-    steps: int,
-) -> tuple[Int[Array, "B steps"], Float[Array, "B V"], Cache]:
-    """Samples ``steps`` tokens for each row; returns them, the logits behind the last, and the cache."""
-    model = nnx.merge(graph, params)
+    batch_size: int,
+    slots: int,
+    dtype: Any = None,
+    rules: Rules = INFERENCE,
+) -> Generator:
+    """Builds the jitted functions of inference; nothing is computed yet.
 
-    def one(carry: tuple[Any, Cache], key: jax.Array) -> tuple[tuple[Any, Cache], Any]:
-        logits_BV, cache = carry
-        token_B = sample(logits_BV, key, sampling)
-        out = model(token_B[:, None], cache=cache)
-        return (model.logits(out)[:, 0], out.cache), token_B
+    Args:
+        make_model: builds the model from random keys.
+        mesh: devices.
+        batch_size: sequences at a time.
+        slots: positions that a sequence may reach, at least: rounded up to what divides over the devices.
+        dtype: of the weights of matmuls and of the cache; None: that of the model's activations.
+        rules: logical axis -> mesh axes.
 
-    (logits_BV, cache), tokens_SB = jax.lax.scan(one, (logits_BV, cache), jax.random.split(key, steps))
-    return tokens_SB.T, logits_BV, cache
+    Raises:
+        UserError: batch, heads or weights do not divide over the mesh.
+    """
+    graph, params, buffers = split_variables(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
+    return _generator(graph, joined(params, buffers), mesh, batch_size, slots, dtype, rules)
+
+
+def _generator(graph, variables, mesh, batch_size, slots, dtype=None, rules=INFERENCE) -> Generator:
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    model = nnx.merge(graph, abstract)
+    dtype = jnp.dtype(dtype or model.compute.dtype)
+    attention = [group.attention for group in model.cfg.groups]
+    heads = [(a.num_kv_heads, a.num_heads // a.num_kv_heads) for a in attention]
+    mesh, rules = inference_layout(mesh, heads, batch_size, rules)
+    parts = math.prod(mesh.shape[axis] for axis in rules.slots)
+    slots = -(-slots // parts) * parts
+
+    axes = logical_axes(model)
+    shapes = jax.tree.map(
+        lambda s, place, names: jax.ShapeDtypeStruct(s.shape, used_dtype(names, dtype), sharding=place),
+        abstract,
+        shardings(abstract, axes, mesh, rules),
+        axes,
+    )
+    cache_shapes = jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        jax.eval_shape(lambda: model.empty_cache(batch_size, slots, dtype)),
+        cache_shardings(len(attention), mesh, rules),
+    )
+    programs = _programs(graph, mesh, rules, slots, dtype, len(attention))
+    return Generator(*programs, shapes=shapes, cache_shapes=cache_shapes, mesh=mesh, rules=rules)
+
+
+def used_dtype(axes: tuple[str, ...], dtype: Any) -> Any:
+    """The dtype to keep an array of these logical axes in: float32 for norms, routers and biases, else ``dtype``.
+
+    That is the dtype to which the model casts it at its use. (Only where embeddings of several kinds are added up in
+    float32 does it round once more than there.)
+    """
+    return jnp.dtype(jnp.float32) if {"norm", "router", "lengths"} & set(axes) else jnp.dtype(dtype)
+
+
+@functools.lru_cache(maxsize=64)  # a jitted function holds its programs: who asks again compiles nothing
+def _programs(graph: Any, mesh: Mesh, rules: Rules, slots: int, dtype: Any, num_groups: int) -> tuple[Any, Any, Any]:
+    """Prefill, decode step and decode, jitted."""
+
+    def prefill(params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"]) -> tuple[Any, Cache]:
+        B, T = tokens_BT.shape
+        over = math.prod(mesh.shape[axis] for axis in rules.length)
+        with use_mesh(mesh, rules if T % over == 0 else dataclasses.replace(rules, length=())):
+            model = nnx.merge(graph, params)
+            documents = Documents(ids_BT, jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
+            out = model(tokens_BT, documents, cache=model.empty_cache(B, slots, dtype), cache_is_empty=True)
+            last_B = out.cache.lengths_B - 1
+            last = jax.tree.map(lambda x: x[jnp.arange(len(x)), last_B][:, None], (out.hidden_BTD, out.copy))
+        with use_mesh(mesh, dataclasses.replace(rules, length=())):
+            logits_B1V = model.logits(dataclasses.replace(out, hidden_BTD=last[0], copy=last[1]))
+        return logits_B1V[:, 0], out.cache
+
+    def decode_step(params: Any, token_B: Int[Array, " B"], cache: Cache) -> tuple[Any, Cache]:
+        with use_mesh(mesh, dataclasses.replace(rules, length=())):  # one position can not be cut
+            model = nnx.merge(graph, params)
+            out = model(token_B[:, None], cache=cache)
+            return model.logits(out)[:, 0], out.cache
+
+    def decode(
+        params: Any, logits_BV: Float[Array, "B V"], cache: Cache, key: jax.Array, sampling: SamplingConfig, steps: int
+    ) -> tuple[Any, Any, Cache]:
+        def one(carry: tuple[Any, Cache], key: jax.Array) -> tuple[tuple[Any, Cache], Any]:
+            logits_BV, cache = carry
+            token_B = sample(logits_BV, key, sampling)
+            return decode_step(params, token_B, cache), token_B
+
+        (logits_BV, cache), tokens_SB = jax.lax.scan(one, (logits_BV, cache), jax.random.split(key, steps))
+        return tokens_SB.T, logits_BV, cache
+
+    logits, cache = NamedSharding(mesh, rules.spec("batch", "vocab")), cache_shardings(num_groups, mesh, rules)
+    return (
+        jax.jit(prefill, out_shardings=(logits, cache)),
+        jax.jit(decode_step, donate_argnames="cache", out_shardings=(logits, cache)),
+        jax.jit(
+            decode,
+            donate_argnames="cache",
+            static_argnames=("sampling", "steps"),
+            out_shardings=(replicated(mesh), logits, cache),  # every process reads the tokens
+        ),
+    )
 
 
 def generate(
@@ -73,13 +204,14 @@ def generate(
     seed: int = 0,
     steps: int = 16,
     first_tokens: Sequence[np.ndarray] | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, yielding (B, n) new tokens at a time until all rows have ended.
 
     Behind a row's end token stand only end tokens.
 
     Args:
-        graph, params: the model.
+        graph, params: the model; ``params`` may be numpy arrays.
         prompts: token ids, at least one each.
         max_tokens: new tokens at the most.
         end_id: ends a row.
@@ -88,9 +220,10 @@ def generate(
         seed: of the choices.
         steps: tokens decoded between two yields.
         first_tokens: for each prompt a mask of the V tokens that may come first (see :func:`heal`).
+        mesh: devices; None: the first one of this process.
 
     Raises:
-        UserError: a prompt is empty or leaves no room.
+        UserError: a prompt is empty or leaves no room; the number of prompts does not divide over the mesh.
     """
     longest = max(len(p) for p in prompts)
     if min(len(p) for p in prompts) == 0:
@@ -104,7 +237,10 @@ def generate(
     ids_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)], ids_BT[row, : len(prompt)] = prompt, 1
-    logits_BV, cache = prefill(graph, params, jnp.asarray(tokens_BT), jnp.asarray(ids_BT), slots)
+    mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
+    generator = _generator(graph, params, mesh, len(prompts), slots)
+    params = generator.place(params)
+    logits_BV, cache = generator.prefill(params, *map(generator.place_rows, (tokens_BT, ids_BT)))
     if first_tokens is not None:
         allowed_BV = np.stack(first_tokens)
         allowed_BV = np.pad(allowed_BV, ((0, 0), (0, logits_BV.shape[1] - allowed_BV.shape[1])))
@@ -112,7 +248,7 @@ def generate(
     key, ended_B, left = jax.random.key(seed), np.zeros(len(prompts), bool), max_tokens
     while left > 0 and not ended_B.all():
         key, now = jax.random.split(key)
-        new_BS, logits_BV, cache = decode(graph, params, logits_BV, cache, now, sampling=sampling, steps=steps)
+        new_BS, logits_BV, cache = generator.decode(params, logits_BV, cache, now, sampling=sampling, steps=steps)
         new_BS = np.asarray(new_BS)[:, :left].copy()
         for row, tokens in enumerate(new_BS):
             ends = np.flatnonzero(tokens == end_id)

@@ -13,19 +13,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.nn.attention import Attention, AttentionConfig
-from dsjax.nn.cache import Cache, LayerCache, append
+from dsjax.nn.cache import Cache, LayerCache, append, written
 from dsjax.nn.history import Copy, CopyConfig, CopyHead, History, NgramConfig, NgramEmbedding, longest_match
 from dsjax.nn.masks import Documents, Leaf
 from dsjax.nn.mlp import MLPConfig
-from dsjax.nn.moe import MoEConfig
+from dsjax.nn.moe import MoE, MoEConfig
 from dsjax.nn.norm import RMSNorm
 from dsjax.nn.rope import rope_angles
 from dsjax.nn.router import RouterStats
-from dsjax.sharding import param, shard, stack_layers
+from dsjax.sharding import Rules, param, shard, stack_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,8 @@ class Block(nnx.Module):
         self.ffn = group.ffn.make(cfg.d_model, out_scale=out_scale, rngs=rngs)
         self.is_moe = isinstance(group.ffn, MoEConfig)
 
-    def __call__(self, x_BTD, *, documents, positions_BT, rope, cache=None, lengths_B=None):
+    def __call__(self, x_BTD, *, documents, positions_BT, rope, cache=None, lengths_B=None, layer=None):
+        """``layer``: which of a stack this is, if the experts' weights are given for the whole stack."""
         with jax.named_scope("attention"):
             y_BTD, cache = self.attention(
                 self.attention_norm(x_BTD),
@@ -194,7 +196,7 @@ class Block(nnx.Module):
         with jax.named_scope("ffn"):
             h_BTD, stats = self.ffn_norm(x_BTD), None
             if self.is_moe:
-                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32))
+                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32), layer=layer)
             else:
                 y_BTD = self.ffn(h_BTD)
             x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
@@ -228,11 +230,17 @@ class Decoder(nnx.Module):
             self.w_logits = param(rngs, (D, V), ("embed", "vocab"), fan_in=D)
 
     def __call__(
-        self, tokens_BT: Int[Array, "B T"], documents: Documents | None = None, *, cache: Cache | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        documents: Documents | None = None,
+        *,
+        cache: Cache | None = None,
+        cache_is_empty: bool = False,
     ) -> DecoderOutput:
         """Hidden states of ``tokens_BT``: whole rows, or the T positions that follow what ``cache`` holds.
 
-        With a cache, padding (document id 0) must stand at the end of a row; it is not counted in the lengths.
+        With a cache, padding (document id 0) must stand at the end of a row; it is not counted in the lengths. Who
+        knows that the cache holds nothing says so: then attention goes block by block, as in training.
         """
         documents = Documents.single(tokens_BT) if documents is None else documents
         history, cache = _history(tokens_BT, documents, cache)
@@ -248,9 +256,11 @@ class Decoder(nnx.Module):
             x_BTD = shard(x_BTD.astype(self.compute.dtype), "batch", "length", None)
 
         caches, router = [], {}
+        lengths_B = None if cache is None or cache_is_empty else cache.lengths_B
         for index, (_, num_layers) in enumerate(self.cfg.sized_groups()):
             with jax.named_scope(f"group_{index}"):
-                x_BTD, layer_cache, stats = self._run_group(index, num_layers, x_BTD, documents, history, rope, cache)
+                run = functools.partial(self._run_group, index, num_layers, lengths_B=lengths_B)
+                x_BTD, layer_cache, stats = run(x_BTD, documents, history, rope, cache)
             caches.append(layer_cache)
             if stats is not None:
                 router[f"group_{index}"] = stats
@@ -261,30 +271,37 @@ class Decoder(nnx.Module):
         copy = self.copy.bonus(hidden_BTD, *match) if self.cfg.copy is not None else None
         return DecoderOutput(hidden_BTD, cache, router, self._auxiliary_losses(router), copy)
 
-    def _run_group(self, index, num_layers, x_BTD, documents, history, rope, cache):
-        graph, weights = nnx.split(getattr(self, f"group_{index}"))
-        lengths_B = None if cache is None else cache.lengths_B
+    def _run_group(self, index, num_layers, x_BTD, documents, history, rope, cache, lengths_B):
+        graph, state = nnx.split(getattr(self, f"group_{index}"))
+        weights, whole, numbers = nnx.to_pure_dict(state), {}, None
+        if cache is not None and isinstance(self.cfg.groups[index].ffn, MoEConfig):
+            # Cut out of the stack, experts would be copied to be read; whole, only those that have rows are read.
+            whole = {name: weights["ffn"].pop(name) for name in MoE.EXPERTS}
+            numbers = jnp.arange(num_layers)
 
         def layer(x_BTD, scanned):
-            weights, layer_cache = scanned
-            x_BTD, layer_cache, stats = nnx.merge(graph, weights)(
+            weights, layer_cache, number = scanned
+            if whole:
+                weights = weights | {"ffn": weights["ffn"] | whole}
+            x_BTD, new, stats = nnx.merge(graph, weights)(
                 x_BTD,
                 documents=documents,
                 positions_BT=history.positions_BT,
                 rope=rope,
                 cache=layer_cache,
                 lengths_B=lengths_B,
+                layer=number,
             )
-            return x_BTD, (layer_cache, stats)
+            return x_BTD, (new, stats)
 
-        if self.compute.remat != "none":
+        if self.compute.remat != "none" and cache is None:
             layer = jax.checkpoint(layer, policy=_REMAT[self.compute.remat], prevent_cse=False)
-        layers = (nnx.to_pure_dict(weights), None if cache is None else cache.groups[index])
+        old = None if cache is None else cache.groups[index]
         if self.compute.unroll:
-            x_BTD, (layer_cache, stats) = _unrolled(layer, x_BTD, layers, num_layers)
+            x_BTD, (new, stats) = _unrolled(layer, x_BTD, (weights, old, numbers), num_layers)
         else:
-            x_BTD, (layer_cache, stats) = jax.lax.scan(layer, x_BTD, layers)
-        return x_BTD, layer_cache, stats
+            x_BTD, (new, stats) = jax.lax.scan(layer, x_BTD, (weights, old, numbers))
+        return x_BTD, None if old is None else written(old, new, lengths_B), stats
 
     def _auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
         losses: dict[str, Any] = {}
@@ -329,6 +346,17 @@ class Decoder(nnx.Module):
             conv = jnp.zeros((num_layers, batch, max(a.conv_taps - 1, 0), self.cfg.d_model), dtype)
             groups.append(LayerCache(kv, kv, conv))
         return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32))
+
+
+def cache_shardings(num_groups: int, mesh: Mesh, rules: Rules) -> Cache:
+    """Where each array of :meth:`Decoder.empty_cache` lives."""
+
+    def place(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, rules.spec(*axes))
+
+    kv = place("layers", "batch", "slots", "kv_heads", None)
+    group = LayerCache(kv, kv, place("layers", "batch", None, None))
+    return Cache((group,) * num_groups, place("batch"), place("batch", None))
 
 
 def _history(tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | None) -> tuple[History, Cache | None]:

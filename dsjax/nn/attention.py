@@ -10,13 +10,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
-from dsjax.nn.cache import LayerCache, append
+from dsjax.nn.cache import LayerCache
 from dsjax.nn.history import ShortConv
 from dsjax.nn.linear import project
 from dsjax.nn.masks import Documents
 from dsjax.nn.norm import RMSNorm
 from dsjax.nn.rope import apply_rope
-from dsjax.sharding import map_shards, param
+from dsjax.sharding import map_shards, param, shard
 from pallas_kernels.causal_attention import causal_attention
 
 
@@ -87,26 +87,40 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         lengths_B: Int[Array, B] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        conv_BCD = cache.conv_BCD if cache is not None else None
+        """The layer's output, and what a cache must keep of these T positions.
+
+        Args:
+            x_BTD: input.
+            documents: which document each position belongs to.
+            positions_BT: place of each position in its document.
+            rope: table of :func:`dsjax.nn.rope.rope_angles`.
+            cache: of this layer, which is only read; None: nothing is to be kept.
+            lengths_B: slots that the cache holds; None: none yet, and these positions are all that a query sees.
+
+        Returns:
+            The output, and (None without a cache) their keys and values, for :func:`dsjax.nn.cache.written`.
+        """
+        new_conv_BCD = None
         if self.cfg.conv_taps:
-            raw_BTD, x_BTD = x_BTD, self.conv(x_BTD, positions_BT, conv_BCD)
-            if conv_BCD is not None:
-                conv_BCD = last_inputs(conv_BCD, raw_BTD, jnp.sum(documents.ids_BT > 0, axis=1))
+            before_BCD, raw_BTD = None if cache is None else cache.conv_BCD, x_BTD
+            x_BTD = self.conv(raw_BTD, positions_BT, before_BCD)
+            if before_BCD is not None:
+                new_conv_BCD = last_inputs(before_BCD, raw_BTD, jnp.sum(documents.ids_BT > 0, axis=1))
         q_BTKGH, k_BTKH, v_BTKH = (project(x_BTD, w[...]) for w in (self.w_q, self.w_k, self.w_v))
         if self.cfg.qk_norm:
             q_BTKGH, k_BTKH = self.q_norm(q_BTKGH), self.k_norm(k_BTKH)
         q_BTKGH, k_BTKH = apply_rope(q_BTKGH, rope), apply_rope(k_BTKH, rope)
-        if cache is None:
-            out_BTKGH = self._train(q_BTKGH, k_BTKH, v_BTKH, documents)
+        if cache is None or lengths_B is None:
+            out_BTKGH = self._whole_rows(q_BTKGH, k_BTKH, v_BTKH, documents)
         else:
-            assert lengths_B is not None
-            cache = LayerCache(
-                append(cache.k_BSKH, k_BTKH, lengths_B), append(cache.v_BSKH, v_BTKH, lengths_B), conv_BCD
-            )
-            out_BTKGH = cached_attention(q_BTKGH, cache, lengths_B, self.cfg.window)
-        return project(out_BTKGH, self.w_out[...], num_inputs=3), cache
+            out_BTKGH = cached_attention(q_BTKGH, k_BTKH, v_BTKH, cache, lengths_B, self.cfg.window)
+        new = None
+        if cache is not None:
+            kept = cache.conv_BCD if new_conv_BCD is None else new_conv_BCD
+            new = LayerCache(k_BTKH.astype(cache.k_BSKH.dtype), v_BTKH.astype(cache.v_BSKH.dtype), kept)
+        return project(out_BTKGH, self.w_out[...], num_inputs=3), new
 
-    def _train(self, q_BTKGH, k_BTKH, v_BTKH, documents: Documents):
+    def _whole_rows(self, q_BTKGH, k_BTKH, v_BTKH, documents: Documents):
         """Whole rows at once; each device attends for its own rows and heads, over the keys of the whole row."""
 
         def attend(q_bTkGH, k_bTkH, v_bTkH, ids_bT):
@@ -114,7 +128,7 @@ class Attention(nnx.Module):
             q_bTnH = q_bTkGH.reshape(b, T, k * G, H)
             return causal_attention(q_bTnH, k_bTkH, v_bTkH, ids_bT, self.cfg.window).reshape(b, T, k, G, H)
 
-        q, kv = ("batch", None, "kv_heads", None, None), ("batch", None, "kv_heads", None)
+        q, kv = ("batch", None, "kv_heads", "heads_per_kv", None), ("batch", None, "kv_heads", None)
         return map_shards(attend, (q, kv, kv, ("batch", None)), q)(q_BTKGH, k_BTKH, v_BTKH, documents.ids_BT)
 
 
@@ -129,16 +143,39 @@ def last_inputs(
 
 def cached_attention(
     q_BTKGH: Float[Array, "B T K G H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
     cache: LayerCache,
     lengths_B: Int[Array, B],
     window: int | None,
 ) -> Float[Array, "B T K G H"]:
-    """New queries against the slots of a cache: query t of a row sees slots up to ``lengths_B + t``."""
+    """T new positions of each row against the ``lengths_B`` slots that its cache holds, and against each other.
+
+    One softmax over both. On a mesh each device looks at its own slots, for all query heads of its key/value heads;
+    what is exchanged are queries, and maxima, sums and outputs of the softmax.
+    """
     S, T, H = cache.k_BSKH.shape[1], q_BTKGH.shape[1], q_BTKGH.shape[-1]
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, cache.k_BSKH.astype(q_BTKGH.dtype)).astype(jnp.float32)
-    position_BT = lengths_B[:, None] + jnp.arange(T)
-    sees_BTS = jnp.arange(S) <= position_BT[..., None]
+    q_BTKGH = shard(q_BTKGH, "batch", None, "kv_heads", None, None)
+    k_BSKH, v_BSKH = cache.k_BSKH.astype(q_BTKGH.dtype), cache.v_BSKH.astype(q_BTKGH.dtype)
+    position_BT1 = (lengths_B[:, None] + jnp.arange(T))[..., None]
+    held_BTS = jnp.broadcast_to(jnp.arange(S) < lengths_B[:, None, None], (len(lengths_B), T, S))
+    new_TT = jnp.arange(T) <= jnp.arange(T)[:, None]
     if window is not None:
-        sees_BTS &= jnp.arange(S) > position_BT[..., None] - window
-    probs_BKGTS = jax.nn.softmax(jnp.where(sees_BTS[:, None, None], scores_BKGTS * H**-0.5, -jnp.inf), axis=-1)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(q_BTKGH.dtype), cache.v_BSKH.astype(q_BTKGH.dtype))
+        held_BTS &= jnp.arange(S) > position_BT1 - window
+        new_TT &= jnp.arange(T) > jnp.arange(T)[:, None] - window
+
+    def scores(k_BSKH, sees):
+        scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32)
+        return jnp.where(sees, scores_BKGTS * H**-0.5, -jnp.inf)
+
+    held = shard(scores(k_BSKH, held_BTS[:, None, None]), "batch", "kv_heads", None, None, "slots")
+    new = scores(k_BTKH, new_TT)
+    top = jnp.maximum(jnp.max(held, axis=-1), jnp.max(new, axis=-1))[..., None]  # a position sees itself: finite
+    held, new = jnp.exp(held - top), jnp.exp(new - top)
+    total_BKGT = jnp.sum(held, axis=-1) + jnp.sum(new, axis=-1)
+
+    def mean(p_BKGTS, v_BSKH):
+        return jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS.astype(v_BSKH.dtype), v_BSKH).astype(jnp.float32)
+
+    out_BTKGH = (mean(held, v_BSKH) + mean(new, v_BTKH)) / jnp.moveaxis(total_BKGT, 3, 1)[..., None]
+    return out_BTKGH.astype(q_BTKGH.dtype)

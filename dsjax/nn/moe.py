@@ -60,6 +60,8 @@ class MoEConfig:
 class MoE(nnx.Module):
     """Routed experts plus shared ones; every (token, expert) pair is computed, none is dropped."""
 
+    EXPERTS = ("w_gate", "w_up", "w_down")
+
     def __init__(self, cfg: MoEConfig, d_model: int, *, out_scale: float = 1.0, rngs: nnx.Rngs):
         E, D, F = cfg.num_experts, d_model, cfg.d_ff
         self.cfg = cfg
@@ -73,8 +75,9 @@ class MoE(nnx.Module):
             self.shared = MLP(D, cfg.num_shared_experts * F, out_scale=out_scale, rngs=rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], counted_BT: Float[Array, "B T"]
+        self, x_BTD: Float[Array, "B T D"], counted_BT: Float[Array, "B T"], layer: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """``layer``: the experts' weights are those of a stack of layers, of which this is number ``layer``."""
         cfg = self.cfg
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.w_router[...])
         bias_E = self.selection_bias[...] if cfg.bias_update_rate else None
@@ -82,12 +85,12 @@ class MoE(nnx.Module):
             logits_BTE, counted_BT, top_k=cfg.top_k, normalize=cfg.normalize_weights, bias_E=bias_E
         )
         weights_BTX = (weights_BTX * cfg.routed_scale).astype(x_BTD.dtype)
-        tokens = ("batch", "length", None)
-        y_BTD = map_shards(
-            apply_experts,
-            (tokens, tokens, tokens, ("expert", None, "mlp"), ("expert", None, "mlp"), ("expert", "mlp", None)),
-            tokens,
-        )(x_BTD, experts_BTX, weights_BTX, *(w[...].astype(x_BTD.dtype) for w in (self.w_gate, self.w_up, self.w_down)))
+        tokens, stack = ("batch", "length", None), () if layer is None else ("layers",)
+        up, down = (*stack, "expert", None, "mlp"), (*stack, "expert", "mlp", None)
+        weights = (getattr(self, name)[...].astype(x_BTD.dtype) for name in self.EXPERTS)
+        number = () if layer is None else (layer,)
+        specs = (tokens, tokens, tokens, up, up, down, *((),) * len(number))
+        y_BTD = map_shards(apply_experts, specs, tokens)(x_BTD, experts_BTX, weights_BTX, *weights, *number)
         if cfg.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, stats
@@ -103,34 +106,40 @@ def apply_experts(
     x_BTD: Float[Array, "B T D"],
     experts_BTX: Int[Array, "B T X"],
     weights_BTX: Float[Array, "B T X"],
-    w_gate_eDF: Float[Array, "e D F"],
-    w_up_eDF: Float[Array, "e D F"],
-    w_down_eFD: Float[Array, "e F D"],
+    w_gate_eDF: Float[Array, "*layers e D F"],
+    w_up_eDF: Float[Array, "*layers e D F"],
+    w_down_eFD: Float[Array, "*layers e F D"],
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
     """The routed experts' weighted outputs, on each device for its own experts ``e``.
 
     Tokens of the devices along the expert axis are gathered, each device computes what its experts contribute to
-    all of them, and the sums go back to the tokens' owners.
+    all of them, and the sums go back to the tokens' owners. Where each of those devices has all tokens (a batch too
+    small to be cut), nothing is gathered, and the sums go to all.
     """
     current = current_mesh()
     if current is not None:
         rules = current[1]
-        x_BTD, experts_BTX, weights_BTX = (
-            jax.lax.all_gather(a, rules.expert, axis=0, tiled=True) for a in (x_BTD, experts_BTX, weights_BTX)
-        )
-        experts_BTX = experts_BTX - jax.lax.axis_index(rules.expert) * w_gate_eDF.shape[0]
-    y_BTD = _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD)
+        cut = tuple(axis for axis in rules.expert if axis in rules.batch)
+        whole = tuple(axis for axis in rules.expert if axis not in rules.batch)
+        if cut:
+            x_BTD, experts_BTX, weights_BTX = (
+                jax.lax.all_gather(a, cut, axis=0, tiled=True) for a in (x_BTD, experts_BTX, weights_BTX)
+            )
+        experts_BTX = experts_BTX - jax.lax.axis_index(rules.expert) * w_gate_eDF.shape[-3]
+    y_BTD = _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD, layer)
     if current is not None:
-        y_BTD = jax.lax.psum(y_BTD, rules.mlp)
-        y_BTD = jax.lax.psum_scatter(y_BTD, rules.expert, scatter_dimension=0, tiled=True)
+        y_BTD = jax.lax.psum(y_BTD, (*rules.mlp, *whole))
+        if cut:
+            y_BTD = jax.lax.psum_scatter(y_BTD, cut, scatter_dimension=0, tiled=True)
     return y_BTD
 
 
-def _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD):
+def _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD, layer):
     """Sum over the pairs whose expert is one of ours, 0 <= expert < e."""
     B, T, D = x_BTD.shape
     X = experts_BTX.shape[-1]
-    plan = plan_dispatch(experts_BTX.reshape(-1, X), len(w_gate_eDF))
+    plan = plan_dispatch(experts_BTX.reshape(-1, X), w_gate_eDF.shape[-3])
     x_RD = dispatch(x_BTD.reshape(-1, D), plan)
-    y_RD = grouped_swiglu(x_RD, w_gate_eDF, w_up_eDF, w_down_eFD, plan.sizes_E)
+    y_RD = grouped_swiglu(x_RD, w_gate_eDF, w_up_eDF, w_down_eFD, plan.sizes_E, layer=layer)
     return combine(y_RD, weights_BTX.reshape(-1, X), plan).reshape(B, T, D)

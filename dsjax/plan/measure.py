@@ -135,9 +135,7 @@ def report(
     if compiled is not None:
         module = parse(compiled.as_text())
         moved = collectives(module, dict(mesh.shape))
-        traffic = hbm_bytes(
-            module, cost_of=lambda instruction: ragged_traffic(module, instruction, program.ragged_share)
-        )
+        traffic = hbm_bytes(module, cost_of=lambda instruction: ragged_traffic(module, instruction, program))
         notes += [f"the loop {name} does not tell its length; counted once" for name in loops_of_unknown_length(module)]
         notes += custom_calls(module)
         saved = stacked_bytes(module, program.parameter_shapes)
@@ -231,25 +229,28 @@ def memory(compiled: Any, program: Program, saved: int, *, peak: bool) -> tuple[
     return parts, sum_of_buffers + stats.generated_code_size_in_bytes
 
 
-def ragged_traffic(module: Module, instruction: Instruction, ragged_share: float) -> tuple[int, int] | None:
+def ragged_traffic(module: Module, instruction: Instruction, program: Program) -> tuple[int, int] | None:
     """HBM bytes (read, written) of the kernel that XLA makes of a ragged product; None: not one.
 
-    It visits the experts that have rows. With balanced routing those are, of E experts, E (1 - (1 - 1/E)^rows): all of
-    them in training, few when one token is decoded. Rows that belong to no group are neither read nor written.
+    It visits the experts that have rows. With balanced routing those are, of a device's E experts,
+    E (1 - (1 - 1/E)^rows): all of them in training, few when one token is decoded; in inference the operand holds the
+    experts of all layers, of which one layer's have rows. Rows that belong to no group are neither read nor written.
     """
     if instruction.target != "tpu_custom_call" or not instruction.name.startswith("ragged-dot"):
         return None
     operands = [shape for operand in module.operands(instruction) for shape in operand.shapes if len(shape.dims) > 1]
     if not operands:  # which rows are whose: counts only
         return 0, 0
-    rows = max(shape.dims[0] for shape in operands if len(shape.dims) == 2) * ragged_share
+    rows = max(shape.dims[0] for shape in operands if len(shape.dims) == 2) * program.ragged_share
 
     def moved(shape: Shape) -> float:
         if shape.space != HBM:
             return 0.0
-        if len(shape.dims) == 3 and shape.dims[0] > 1:
-            return shape.num_bytes * -math.expm1(rows * math.log1p(-1 / shape.dims[0]))
-        return shape.num_bytes * (1.0 if len(shape.dims) == 3 else ragged_share)
+        if len(shape.dims) == 2:
+            return shape.num_bytes * program.ragged_share
+        experts = min(program.experts_of_device or shape.dims[0], shape.dims[0])
+        visited = 1.0 if experts == 1 else -experts * math.expm1(rows * math.log1p(-1 / experts))
+        return shape.num_bytes * visited / shape.dims[0]
 
     return int(sum(map(moved, operands))), int(sum(map(moved, instruction.shapes)))
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dsjax.infer.engine import make_generator
 from dsjax.models.decoder import DecoderConfig
+from dsjax.nn.moe import MoEConfig
 from dsjax.sharding import make_mesh
 from dsjax.train.pretrain import Pretrain, batch_shapes, build, make_model
 
@@ -31,6 +32,7 @@ class Program:
         tokens: that one step learns from, reads or makes.
         model_flops: by the config's own arithmetic, for those tokens.
         ragged_share: see :func:`dsjax.plan.flops.count_flops`.
+        experts_of_device: experts of one layer that a device holds; 0 without experts.
     """
 
     traced: Any
@@ -40,6 +42,7 @@ class Program:
     tokens: int
     model_flops: float
     ragged_share: float
+    experts_of_device: int
 
 
 def make_program(
@@ -80,6 +83,7 @@ def _train(config: Pretrain, devices: Sequence[Any]) -> Program:
         tokens=tokens,
         model_flops=config.model.flops_per_token(config.data.seq_len) * tokens,
         ragged_share=1 / mesh.shape["expert"],
+        experts_of_device=experts_of(config.model) // mesh.shape["expert"],
     )
 
 
@@ -104,7 +108,13 @@ def _inference(config: Pretrain, mode: Mode, devices: Sequence[Any]) -> Program:
         tokens=tokens,
         model_flops=flops,
         ragged_share=1 / generator.mesh.shape["expert"],
+        experts_of_device=experts_of(model) // generator.mesh.shape["expert"],
     )
+
+
+def experts_of(model: DecoderConfig) -> int:
+    """Routed experts of a layer: the most of any group; 0 without."""
+    return max((g.ffn.num_experts for g in model.groups if isinstance(g.ffn, MoEConfig)), default=0)
 
 
 def decode_flops(model: DecoderConfig, length: int) -> float:
