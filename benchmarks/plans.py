@@ -87,16 +87,18 @@ def mesh_of(plan: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- inference
 
 
-def best(base: Job, batch: int, tries: int = 2) -> dict[str, Any] | None:
-    """The plan with the highest bound among the meshes that arithmetic ranks first; None: nothing fits."""
+def best(base: Job, batch: int, fitting: int = 2, tries: int = 6) -> dict[str, Any] | None:
+    """The plan with the highest bound of the first two that fit, in the order of arithmetic; None: nothing fits."""
     try:
         space = search.candidates(base, parse_topology(base.topology), [batch])
     except UserError:
         return None
-    tried = [search.try_one(candidate, lambda text: None) for candidate in space[:tries]]
-    for one in tried:
-        if one.error:
-            say(f"{one.candidate}: {one.error}")
+    tried: list[search.Tried] = []
+    for candidate in space[:tries]:
+        if sum(one.fits for one in tried) < fitting:
+            tried.append(search.try_one(candidate, lambda text: None))
+            if tried[-1].error:
+                say(f"{candidate}: {tried[-1].error}")
     first = search.ranked(tried)[0]
     return first.answer if first.fits else None
 

@@ -1,40 +1,62 @@
-"""The quickstart notebook runs from its first cell to its last, and is kept without outputs."""
+"""The notebooks run from the first cell to the last, and are kept without outputs."""
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import nbclient
 import nbformat
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-NOTEBOOK = ROOT / "notebooks" / "01_quickstart.ipynb"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_it_is_kept_without_outputs() -> None:
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_kept_without_outputs(path: pathlib.Path) -> None:
+    for cell in nbformat.read(path, as_version=4).cells:
         assert cell.cell_type != "code" or (cell.outputs == [] and cell.execution_count is None)
 
 
-# Of the notebook tools, not of ours: an event loop made where there is none, and a socket closed by the collector.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_it_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def forgiving_the_tools(test: Callable[..., None]) -> Callable[..., None]:
+    """Warnings that are not ours: an event loop made where there is none, and a socket closed by the collector."""
+    ours = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+    return pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")(ours(test))
+
+
+def run(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list, str]:
+    """The outputs of a notebook's code cells, and what it printed."""
     monkeypatch.setenv("DSJAX_NOTEBOOK_STEPS", "12")
     monkeypatch.setenv("DSJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XLA_FLAGS", "")  # one device, as on a laptop
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs), "the loss is plotted inline"
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    return outputs, printed
+
+
+@forgiving_the_tools
+def test_the_quickstart_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, printed = run("01_quickstart", tmp_path, monkeypatch)
+    assert any("image/png" in output.get("data", {}) for output in outputs), "the loss is plotted inline"
     assert "| held-out bits per byte |" in printed
     assert "Kneser-Ney 5-gram" in printed
     assert printed.count("def read_line(self, file):") == 3
+
+
+@forgiving_the_tools
+def test_the_plan_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, printed = run("02_plan", tmp_path, monkeypatch)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert "train on v5e:2x4: 8 chips, mesh fsdp=8" in printed
+    assert "best of the 2 compiled" in printed
+    results = "".join(output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert "bound by memory traffic: at most" in results
