@@ -191,8 +191,8 @@ def deepseek_v3() -> Pretrain:
     experts = MoEConfig(num_experts=256, top_k=8, d_ff=2048, num_shared_experts=1, bias_update_rate=1e-3)
     groups = (LayerGroup(MLPConfig(d_ff=18_432), attention, num_layers=3), LayerGroup(experts, attention))
     model = DecoderConfig(vocab_size=129_280, d_model=7168, num_layers=61, groups=groups)
-    base = config("seed_moe_175b", "data.seq_len=8192", f"data.batch_size={6 * 512}", "mesh=data=1,fsdp=64,expert=8")
-    return dataclasses.replace(base, model=model)
+    words = ("data.vocab_size=129280", "data.seq_len=8192", f"data.batch_size={6 * 512}")
+    return dataclasses.replace(config("seed_moe_175b", *words, "mesh=data=1,fsdp=64,expert=8"), model=model)
 
 
 def deepseek_v2_lite() -> Pretrain:
@@ -202,7 +202,7 @@ def deepseek_v2_lite() -> Pretrain:
     groups = (LayerGroup(MLPConfig(d_ff=10_944), attention, num_layers=1), LayerGroup(experts, attention))
     model = DecoderConfig(vocab_size=102_400, d_model=2048, num_layers=27, groups=groups)
     base = config("seed_moe_175b", "data.vocab_size=102400", "data.seq_len=2048", "data.batch_size=96")
-    return dataclasses.replace(apply_overrides(base, ["mesh=data=1,fsdp=4"]), model=model)
+    return dataclasses.replace(apply_overrides(base, ["mesh=data=1,fsdp=4,expert=1"]), model=model)
 
 
 def published() -> str:

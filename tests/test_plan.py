@@ -223,6 +223,18 @@ def test_decoding_reads_what_it_needs_once() -> None:
     assert plan["hbm_breakdown_bytes"]["cache"] == pytest.approx(cache, rel=0.01)
 
 
+def test_llama_2_7b_on_eight_v5e() -> None:
+    """JetStream served 88 sequences of 2,048 there, with 3,062 output tokens a second (docs/plan.md has the address)."""
+    cfg = config("llama2_7b", data=1, tensor=8)
+    plan = measure(Job(cfg, "v5e:2x4", "decode", 88, 2048))
+    weights, cache = 2 * plan["num_params"] / 8, 2 * 32 * 4096 * 2 * 88 * 2048 / 8
+    assert plan["fits"] is True
+    assert plan["hbm_bytes_per_chip"] == pytest.approx(weights + cache, rel=0.02)
+    assert plan["bound"] == "hbm"
+    assert plan["tokens_per_second_bound"] == pytest.approx(88 * 819e9 / (weights + cache), rel=0.03)
+    assert plan["tokens_per_second_bound"] > 3062
+
+
 # ---------------------------------------------------------------- the roofline
 
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from dsjax.config import UserError
+from dsjax.config import UserError, validate
 from dsjax.metrics import write_atomic
 from dsjax.plan.chips import Topology, parse_topology
 from dsjax.plan.measure import Job, versions
@@ -41,6 +41,7 @@ def ask(job: Job, say: Callable[[str], None] = lambda text: None, *, fresh: bool
         UserError: mesh, batch or model do not fit the devices; or the compiler refuses, or dies.
     """
     topology = parse_topology(job.topology)
+    validate(job.config)
     if topology.chip.torus_dims and importlib.util.find_spec("libtpu") is None:
         raise UserError(f"to plan for {topology} the TPU compiler must be installed: pip install 'dsjax[plan]'")
     text = json.dumps(job.to_json(), sort_keys=True)
