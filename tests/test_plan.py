@@ -224,7 +224,7 @@ def test_decoding_reads_what_it_needs_once() -> None:
 
 
 def test_llama_2_7b_on_eight_v5e() -> None:
-    """JetStream served 88 sequences of 2,048 there, with 3,062 output tokens a second (docs/plan.md has the address)."""
+    """JetStream served 88 sequences of 2,048 there, with 3,062 output tokens a second (address: docs/plan.md)."""
     cfg = config("llama2_7b", data=1, tensor=8)
     plan = measure(Job(cfg, "v5e:2x4", "decode", 88, 2048))
     weights, cache = 2 * plan["num_params"] / 8, 2 * 32 * 4096 * 2 * 88 * 2048 / 8
