@@ -221,6 +221,10 @@ def test_decoding_reads_what_it_needs_once() -> None:
     assert moved["written"] < 0.1 * (weights + cache)
     assert plan["flops_per_step"] == pytest.approx(plan["flops_of_config"], rel=0.03)
     assert plan["hbm_breakdown_bytes"]["cache"] == pytest.approx(cache, rel=0.01)
+    scopes = moved["by_scope"]
+    assert sum(scopes.values()) == moved["read"] + moved["written"]
+    assert scopes["experts"] == pytest.approx(2 * 6 * 3 * 1024 * 1024 * 32 * (1 - (31 / 32) ** (2 * rows)) / 4, rel=0.1)
+    assert scopes["attention"] == pytest.approx(cache + 2 * 6 * 1024 * 128 * (2 * 8 + 2 * 4) / 4, rel=0.3)
 
 
 def test_llama_2_7b_on_eight_v5e() -> None:

@@ -139,7 +139,10 @@ def _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down
     """Sum over the pairs whose expert is one of ours, 0 <= expert < e."""
     B, T, D = x_BTD.shape
     X = experts_BTX.shape[-1]
-    plan = plan_dispatch(experts_BTX.reshape(-1, X), w_gate_eDF.shape[-3])
-    x_RD = dispatch(x_BTD.reshape(-1, D), plan)
-    y_RD = grouped_swiglu(x_RD, w_gate_eDF, w_up_eDF, w_down_eFD, plan.sizes_E, layer=layer)
-    return combine(y_RD, weights_BTX.reshape(-1, X), plan).reshape(B, T, D)
+    with jax.named_scope("dispatch"):
+        plan = plan_dispatch(experts_BTX.reshape(-1, X), w_gate_eDF.shape[-3])
+        x_RD = dispatch(x_BTD.reshape(-1, D), plan)
+    with jax.named_scope("experts"):
+        y_RD = grouped_swiglu(x_RD, w_gate_eDF, w_up_eDF, w_down_eFD, plan.sizes_E, layer=layer)
+    with jax.named_scope("combine"):
+        return combine(y_RD, weights_BTX.reshape(-1, X), plan).reshape(B, T, D)

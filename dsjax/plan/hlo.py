@@ -35,6 +35,9 @@ _CALLS = (
 )  # fmt: skip
 
 
+SCOPES = ("embed", "attention", "ffn", "dispatch", "experts", "combine", "optimizer")
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """One array: element type as HLO writes it, dimensions, bits per element, memory space (HBM, VMEM, HOST ...)."""
@@ -85,6 +88,14 @@ class Instruction:
         """The JAX scope that the instruction came from, such as `jit(step)/attention/dot_general`."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes.get("metadata", ""))
         return found[1] if found else ""
+
+    @property
+    def scope(self) -> str:
+        """The innermost of the model's named scopes in `op_name`; "other" for what the compiler made by itself."""
+        if self.name.startswith("ragged-dot"):  # its op_name is its own
+            return "experts"
+        inside = [name for name in self.op_name.split("/") if name in SCOPES]
+        return inside[-1] if inside else "other"
 
     @property
     def index(self) -> int:

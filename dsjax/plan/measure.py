@@ -190,7 +190,7 @@ def report(
         "flops_wasted": flops.wasted,
         "flops_optimizer": flops.optimizer,
         "collective_bytes": None if moved is None else bytes_by_axis(moved),
-        "hbm_traffic_bytes": None if traffic is None else {"read": traffic.read, "written": traffic.written},
+        "hbm_traffic_bytes": None if traffic is None else dataclasses.asdict(traffic),
         "roofline_seconds": {name: getattr(roofline, name) for name in ("mxu", "hbm", "ici")},
         "bound": roofline.bound if compiled is not None else None,
         "best_mfu": None if fast is None or peak is None else flops.model / (fast * topology.num_chips * peak),

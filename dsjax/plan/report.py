@@ -40,6 +40,11 @@ def show(plan: dict[str, Any], out: Console) -> None:
     out.print(work)
     if plan["collective_bytes"] is not None:
         out.print(_collectives(plan["collective_bytes"]))
+    if plan.get("hbm_traffic_bytes"):
+        moved = _table("bytes that a device reads and writes in a step, by scope")
+        for scope, size in plan["hbm_traffic_bytes"]["by_scope"].items():
+            moved.add_row(scope, size_of(size))
+        out.print(moved)
     out.print(_roofline(plan))
     for line in plan["notes"]:
         out.print(f"note: {line}", highlight=False)

@@ -66,11 +66,16 @@ class Collective:
 
 @dataclass(frozen=True)
 class HbmTraffic:
-    """Bytes that one device reads from and writes to HBM in a step; `by_kind` adds both up by kind of instruction."""
+    """Bytes that one device reads from and writes to HBM in a step.
+
+    `by_kind` adds both up by kind of instruction, `by_scope` by the innermost of the model's named scopes that the
+    instruction came from; what the compiler added by itself is under "other".
+    """
 
     read: int
     written: int
     by_kind: dict[str, int] = field(default_factory=dict)
+    by_scope: dict[str, int] = field(default_factory=dict)
 
 
 def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
@@ -113,6 +118,7 @@ def hbm_bytes(module: Module, cost_of: Callable[[Instruction], tuple[int, int] |
     continued = _continued(module)
     read = written = 0
     by_kind: Counter[str] = Counter()
+    by_scope: Counter[str] = Counter()
     for instruction, times in executions(module):
         if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
             continue
@@ -123,7 +129,9 @@ def hbm_bytes(module: Module, cost_of: Callable[[Instruction], tuple[int, int] |
         read += taken * times
         written += made * times
         by_kind[_kind(module, instruction, continued)] += (taken + made) * times
-    return HbmTraffic(read, written, {kind: total for kind, total in by_kind.most_common() if total})
+        by_scope[instruction.scope] += (taken + made) * times
+    kinds, scopes = ({key: total for key, total in found.most_common() if total} for found in (by_kind, by_scope))
+    return HbmTraffic(read, written, kinds, scopes)
 
 
 def loops_of_unknown_length(module: Module) -> list[str]:
