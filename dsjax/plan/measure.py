@@ -128,7 +128,7 @@ def report(
 ) -> dict[str, Any]:
     """The result as JSON holds it."""
     chip, mesh = topology.chip, program.mesh
-    notes = [f"{name}: FLOPs are {source}" for name, source in (k.split(": ") for k in dict.fromkeys(flops.kernels))]
+    notes = [f"FLOPs of the kernel {kernel}" for kernel in dict.fromkeys(flops.kernels)]
     notes += [f"the loop {name} does not tell its length; counted once" for name in flops.unknown_loops]
     moved: list[Collective] | None = None
     traffic: HbmTraffic | None = None
@@ -219,7 +219,7 @@ def memory(compiled: Any, program: Program, saved: int, *, peak: bool) -> tuple[
     stats, parts = compiled.memory_analysis(), dict(program.bytes_by_part)
     kept = stats.output_size_in_bytes - stats.alias_size_in_bytes
     sum_of_buffers = stats.argument_size_in_bytes + stats.temp_size_in_bytes + kept
-    total = min(stats.peak_memory_in_bytes, sum_of_buffers) if peak else sum_of_buffers
+    total = min(stats.peak_memory_in_bytes or sum_of_buffers, sum_of_buffers) if peak else sum_of_buffers
     left = max(total - sum(parts.values()), 0)
     if "optimizer" in parts:
         parts["gradients_and_activations"] = min(parts["parameters"] + saved, left)
