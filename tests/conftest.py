@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A job in the background of a shell ignores Ctrl-C, and so would the processes that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = (
