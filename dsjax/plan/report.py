@@ -95,7 +95,6 @@ def show_several(plans: Sequence[dict[str, Any]], out: Console) -> None:
 
 def _cells(plan: dict[str, Any]) -> list[str]:
     mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items()) or "1"
-    seconds = [plan["roofline_seconds"][name] for name in NAMES]
     return [
         plan["topology"],
         f"{plan['num_chips']:,}",
@@ -104,6 +103,14 @@ def _cells(plan: dict[str, Any]) -> list[str]:
         f"{plan['hbm_bytes_per_chip'] / 2**30:,.1f}",
         {True: "yes", False: "no", None: "?"}[plan["fits"]],
         "?" if plan["collective_bytes"] is None else size_of(sent(plan)),
+        *roofline_cells(plan),
+    ]
+
+
+def roofline_cells(plan: dict[str, Any]) -> list[str]:
+    """Seconds of the three, the bound, utilisation and tokens a second, for a row of a table."""
+    seconds = [plan["roofline_seconds"][name] for name in NAMES]
+    return [
         *("?" if s is None else time_of(s) for s in seconds),
         plan["bound"] or "?",
         "?" if plan["best_mfu"] is None else f"{plan['best_mfu']:.1%}",

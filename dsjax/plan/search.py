@@ -16,7 +16,7 @@ from dsjax.nn.moe import MoEConfig
 from dsjax.plan.chips import Topology, ici_bandwidth
 from dsjax.plan.measure import Job
 from dsjax.plan.process import ask
-from dsjax.plan.report import NAMES, time_of
+from dsjax.plan.report import NAMES, roofline_cells
 from dsjax.sharding import MESH_AXES, MeshConfig
 
 DECODE_BATCHES = (1, 4, 16, 64, 256)
@@ -248,16 +248,12 @@ def show(tried: Sequence[Tried], count: int, out: Console) -> None:
         if answer is None:
             table.add_row(str(one.candidate), "", guessed, one.error[:60])
             continue
-        seconds = [answer["roofline_seconds"][name] for name in NAMES]
         table.add_row(
             str(one.candidate),
             f"{answer['hbm_bytes_per_chip'] / 2**30:,.1f}",
             guessed,
             {True: "yes", False: "no", None: "?"}[answer["fits"]],
-            *("?" if s is None else time_of(s) for s in seconds),
-            answer["bound"] or "?",
-            "?" if answer["best_mfu"] is None else f"{answer['best_mfu']:.1%}",
-            "?" if answer["tokens_per_second_bound"] is None else f"{answer['tokens_per_second_bound']:,.0f}",
+            *roofline_cells(answer),
         )
     out.print(table)
     best = ranked(tried)[0]
