@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
+from benchmarks.attention import compare as attention_figures
+from benchmarks.attention import table
 from benchmarks.checkpoints import measure
 from benchmarks.timing import ROOT, compare
 
@@ -45,6 +47,19 @@ def checkpoint(
     """Time a save and a restore of dsjax and of Orbax's own manager, in alternation, on an idle machine."""
     target = target_of(json)
     show(measure(megabytes, rounds), target)
+
+
+def attention(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    rounds: Annotated[int, arg(help="calls of each contender in each case")] = 5,
+    torch: Annotated[bool, arg(help=f"time PyTorch as well; installs {TORCH} into .venv-torch")] = False,
+) -> None:
+    """Time segmented attention and full causal attention on this CPU, in alternation, on an idle machine."""
+    target = target_of(json)
+    figures = attention_figures(rounds=rounds, torch_python=torch_interpreter() if torch else "")
+    print(table(figures), file=sys.stderr)
+    show(figures, target)
 
 
 def plans(
@@ -89,6 +104,7 @@ def main() -> None:
     app = tyro.extras.SubcommandApp()
     app.command(train)
     app.command(checkpoint)
+    app.command(attention)
     app.command(plans)
     app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
 

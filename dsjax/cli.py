@@ -86,15 +86,27 @@ def evaluate(
     run: Annotated[Positional[str], arg(metavar="RUN", help="run folder")],
     /,
     *,
-    samples: Annotated[int, arg(help="function bodies to sample for parse_share")] = 64,
+    task: Annotated[Literal["report", "needle"], arg(help="needle: find facts hidden in held-out text")] = "report",
+    samples: Annotated[int, arg(help="function bodies for parse_share, or needles of each kind")] = 64,
+    length: Annotated[int, arg(metavar="TOKENS", help="of a row with needles; 0: as in training")] = 0,
     quiet: Annotated[bool, arg(help="print only the report")] = False,
 ) -> int:
-    """Held-out bits per byte beside its baselines, and sampled function bodies; writes report.md and report.json."""
-    from dsjax.evals.report import evaluate_run
+    """Held-out bits per byte beside its baselines, and sampled function bodies; writes report.md and report.json.
 
+    With --task needle: facts hidden in held-out text and asked for at its end; writes needle.json and needle.png.
+    """
     if samples < 1:
         raise UserError(f"--samples is {samples}; it must be at least 1")
+    if length < 0 or (length and task != "needle"):
+        raise UserError(f"--length is {length}; it is a number of tokens from 1, or 0, and goes with --task needle")
     start_jax()
+    if task == "needle":
+        from dsjax.evals.needle_text import evaluate_needle
+
+        evaluate_needle(pathlib.Path(run), length=length, num_samples=samples, quiet=quiet)
+        return 0
+    from dsjax.evals.report import evaluate_run
+
     evaluate_run(pathlib.Path(run), num_samples=samples, quiet=quiet)
     return 0
 
@@ -174,6 +186,27 @@ def plan(
             quiet=quiet,
         ),
     )
+
+
+def kernels(
+    kernel: Annotated[Positional[str], arg(metavar="KERNEL", help="e.g. segmented_attention")],
+    /,
+    *,
+    chip: Annotated[str, arg(metavar="CHIP", help="v4, v5e, v5p, v6e or tpu7x")],
+    json: Annotated[str, arg(metavar="FILE", help="write ratios, counts and regions there")] = "",
+    search: Annotated[bool, arg(help="try tiles, and write the best into the table that the kernel reads")] = False,
+    peer_preparation: Annotated[bool, arg(help="measure splash attention's mask at 131,072 too (2 minutes)")] = False,
+    fresh: Annotated[bool, arg(help="compile again what was compiled before")] = False,
+    quiet: Annotated[bool, arg(help="no progress on standard error")] = False,
+) -> int:
+    """Count the cycles of a TPU kernel and of its peers in the compiler's schedules; no TPU is needed.
+
+    Example: dsjax kernels segmented_attention --chip v5e --json counts.json
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here; libtpu is asked in processes of its own
+    from dsjax.plan.kernels_command import Request, run
+
+    return run(Request(kernel, chip, json, search, peer_preparation, fresh, quiet))
 
 
 def whole_numbers(flag: str, text: str) -> list[int]:
@@ -284,7 +317,8 @@ def parse(arguments: list[str]) -> Callable[[], int]:
         UserError: there is no such command or option, or a value is missing or wrong.
     """
     app = tyro.extras.SubcommandApp()
-    commands = {"train": train, "eval": evaluate, "generate": generate, "plan": plan, "inspect": inspect}
+    commands = {"train": train, "eval": evaluate, "generate": generate, "plan": plan, "kernels": kernels}
+    commands |= {"inspect": inspect}
     for name, command in commands.items():
         app.command(name=name)(deferred(command))
     said = io.StringIO()

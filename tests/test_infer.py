@@ -19,6 +19,7 @@ from dsjax.config import UserError, apply_overrides
 from dsjax.infer.engine import Generator, complete, generate, make_generator
 from dsjax.infer.sampling import SamplingConfig, sample
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig, LayerGroup
+from dsjax.nn.masks import Segmented
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.sharding import MeshConfig, make_mesh
@@ -150,6 +151,16 @@ SHARDED = {
             LayerGroup(EXPERTS, dataclasses.replace(HEADS_4, window=7)),
         ),
     ),
+    "segmented": DecoderConfig(
+        vocab_size=64,
+        d_model=64,
+        num_layers=4,
+        groups=(
+            LayerGroup(MLPConfig(d_ff=64), dataclasses.replace(HEADS_2, segmented=Segmented(4)), num_layers=2),
+            LayerGroup(EXPERTS, dataclasses.replace(HEADS_4, segmented=Segmented(4, top_segments=0)), num_layers=1),
+            LayerGroup(MLPConfig(d_ff=64), HEADS_4),
+        ),
+    ),
 }
 PROMPTS = random_tokens(8, 12)
 IDS = np.ones_like(PROMPTS)
@@ -186,18 +197,25 @@ def moved(text: str) -> dict[str, int]:
     return {f"{kind} {shape}": math.prod(int(n) for n in dims.split(",") if n) for shape, dims, kind in found}
 
 
-@pytest.mark.parametrize("name", SHARDED)
+MESHES = [
+    ("data=8", 8),
+    ("data=2,tensor=4", 8),
+    ("expert=8", 8),
+    ("expert=8", 1),
+    ("data=2,expert=2,tensor=2", 8),
+    ("tensor=8", 8),  # more than there are key/value heads
+    ("tensor=8", 1),
+    ("fsdp=2,tensor=2,context=2", 8),
+]
+
+
 @pytest.mark.parametrize(
-    ("mesh", "batch"),
+    ("name", "mesh", "batch"),
     [
-        ("data=8", 8),
-        ("data=2,tensor=4", 8),
-        ("expert=8", 8),
-        ("expert=8", 1),
-        ("data=2,expert=2,tensor=2", 8),
-        ("tensor=8", 8),  # more than there are key/value heads
-        ("tensor=8", 1),
-        ("fsdp=2,tensor=2,context=2", 8),
+        *((name, *mesh) for name in ("dense", "experts") for mesh in MESHES),
+        ("segmented", "data=4,tensor=2", 8),  # chosen tails are gathered
+        ("segmented", "expert=8", 1),  # a row's slots lie on eight devices
+        ("segmented", "fsdp=2,tensor=2,context=2", 8),
     ],
 )
 def test_every_mesh_gives_the_logits_of_one_device_and_moves_no_weight(name: str, mesh: str, batch: int) -> None:

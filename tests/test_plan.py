@@ -18,6 +18,7 @@ from dsjax.config import apply_overrides, load_config
 from dsjax.data.prepare import DataConfig
 from dsjax.models.decoder import ComputeConfig, DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
+from dsjax.nn.masks import Segmented
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.plan import measure as measuring
@@ -202,6 +203,23 @@ def test_more_chips_share_the_state() -> None:
     four, eight = (make_program(dense(fsdp=n), "train", jax.devices()[:n]).bytes_by_part for n in (4, 8))
     assert eight["parameters"] == pytest.approx(four["parameters"] / 2, rel=0.02)
     assert eight["optimizer"] == pytest.approx(four["optimizer"] / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(("num_layers", "top", "num_heads"), [(5, None, 8), (5, 3, 8), (4, 3, 1), (5, 3, 1)])
+def test_decoding_with_segments_reads_half_of_the_cache_or_what_is_chosen(
+    num_layers: int, top: int | None, num_heads: int
+) -> None:
+    """No slots are copied to be read, also where layers differ in turn and do not come out even."""
+    attention = AttentionConfig(num_heads, num_heads, 128, segmented=Segmented(1024, top_segments=top))
+    model = DecoderConfig(1024, 1024, num_layers, groups=(LayerGroup(MLPConfig(d_ff=128), attention),))
+    job, length, batch = dataclasses.replace(dense(data=1), model=model), 65_536, 8
+    moved = measure(Job(job, "v5e:1x1", "decode", batch_size=batch, length=length))["hbm_traffic_bytes"]
+    # With several heads a TPU reads all tails and masks; else of the first, the previous, `top` others, and its own.
+    slots = 512 + (length // 2 if top is None or num_heads > 1 else (3 + top) * 512)
+    want = model.num_params() * 2 + num_layers * batch * slots * 2 * num_heads * 128 * 2
+    # beside it weights that are brought into VMEM first; sums of tails, which are read and written
+    assert want <= moved["read"] < 1.1 * want
+    assert moved["written"] < 0.1 * want
 
 
 def test_decoding_reads_what_it_needs_once() -> None:

@@ -17,6 +17,7 @@ from dsjax.config import apply_overrides, load_config
 from dsjax.data.prepare import DataConfig
 from dsjax.models.decoder import DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
+from dsjax.nn.masks import Segmented
 from dsjax.nn.mlp import MLPConfig
 from dsjax.plan.flops import Flops, count_flops
 from dsjax.plan.programs import make_program
@@ -176,12 +177,38 @@ def test_the_step_of_every_feature_does_what_its_config_says() -> None:
     assert found.model == pytest.approx(program.model_flops, rel=0.03)
 
 
+def tiny_segmented() -> Pretrain:
+    config = load_config(CONFIGS / "tiny.py")
+    group = config.model.groups[0]
+    attention = dataclasses.replace(group.attention, segmented=Segmented(32))
+    model = dataclasses.replace(
+        config.model, num_layers=3, groups=(dataclasses.replace(group, attention=attention, num_layers=3),)
+    )
+    return dataclasses.replace(config, model=model)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2, "context": 2}])
+def test_a_training_step_of_segmented_attention_does_what_the_config_says(mesh: dict[str, int]) -> None:
+    config = apply_overrides(tiny_segmented(), ["compute.remat=full", "data.seq_len=256"])
+    program = make_program(
+        dataclasses.replace(config, mesh=MeshConfig(**mesh)), "train", jax.devices() if mesh else jax.devices()[:1]
+    )
+    found = count_flops(program.traced.jaxpr, platform="cpu")
+    assert found.model == pytest.approx(program.model_flops, rel=0.01)
+    full = dataclasses.replace(config.model.groups[0].attention, segmented=None)
+    group = dataclasses.replace(config.model.groups[0], attention=full)
+    assert (
+        program.model_flops < dataclasses.replace(config.model, groups=(group,)).flops_per_token(256) * program.tokens
+    )
+
+
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("mesh", [{}, {"data": 1, "expert": 4, "tensor": 2}])
-@pytest.mark.parametrize("name", ["tiny", "tiny_moe"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_moe", "segmented"])
 def test_inference_does_what_the_config_says(name: str, mesh: dict[str, int], batch_size: int, mode: Any) -> None:
-    config = dataclasses.replace(load_config(CONFIGS / f"{name}.py"), mesh=MeshConfig(**mesh))
+    config = tiny_segmented() if name == "segmented" else load_config(CONFIGS / f"{name}.py")
+    config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
     devices = jax.devices() if mesh else jax.devices()[:1]
     program = make_program(config, mode, devices, batch_size=batch_size, length=256)
     found = count_flops(program.traced.jaxpr, platform="cpu", ragged_share=program.ragged_share)

@@ -129,7 +129,7 @@ def _generator(graph, variables, mesh, batch_size, slots, dtype=None, rules=INFE
     )
     cache_shapes = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        jax.eval_shape(lambda: model.empty_cache(batch_size, slots, dtype)),
+        jax.eval_shape(lambda: model.empty_cache(batch_size, slots, dtype, parts=parts)),
         cache_shardings(len(attention), mesh, rules),
     )
     programs = _programs(graph, mesh, rules, slots, dtype, len(attention))
@@ -151,11 +151,13 @@ def _programs(graph: Any, mesh: Mesh, rules: Rules, slots: int, dtype: Any, num_
 
     def prefill(params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"]) -> tuple[Any, Cache]:
         B, T = tokens_BT.shape
+        parts = math.prod(mesh.shape[axis] for axis in rules.slots)
         over = math.prod(mesh.shape[axis] for axis in rules.length)
         with use_mesh(mesh, rules if T % over == 0 else dataclasses.replace(rules, length=())):
             model = nnx.merge(graph, params)
             documents = Documents(ids_BT, jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
-            out = model(tokens_BT, documents, cache=model.empty_cache(B, slots, dtype), cache_is_empty=True)
+            empty = model.empty_cache(B, slots, dtype, parts=parts)
+            out = model(tokens_BT, documents, cache=empty, cache_is_empty=True)
             last_B = out.cache.lengths_B - 1
             last = jax.tree.map(lambda x: x[jnp.arange(len(x)), last_B][:, None], (out.hidden_BTD, out.copy))
         with use_mesh(mesh, dataclasses.replace(rules, length=())):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.nn.attention import Attention, AttentionConfig
-from dsjax.nn.cache import Cache, LayerCache, append, written
+from dsjax.nn.cache import Cache, LayerCache, append, slots_of, written
 from dsjax.nn.history import Copy, CopyConfig, CopyHead, History, NgramConfig, NgramEmbedding, longest_match
 from dsjax.nn.masks import Documents, Leaf
 from dsjax.nn.mlp import MLPConfig
@@ -115,16 +117,39 @@ class DecoderConfig:
         if self.ngram is not None:
             weights += len(self.ngram.sizes) * self.ngram.d_table * D
         for group, num_layers in self.sized_groups():
-            attention = group.attention
-            weights += num_layers * (attention.num_matmul_params(D) + group.ffn.num_active_params(D))
-            visible = attention.visible_positions(seq_len)
+            weights += num_layers * (group.attention.num_matmul_params(D) + group.ffn.num_active_params(D))
+        for attention, layer, num_layers in self.attentions():
+            visible = attention.visible_positions(seq_len, layer)
             pairs += num_layers * attention.num_heads * attention.head_dim * visible
         return (3 if training else 1) * (2 * weights + 4 * pairs)
 
-    def kv_bytes_per_token(self, dtype: Any = "bfloat16") -> int:
-        """Bytes of the decode cache for one position of one sequence."""
-        channels = sum(n * 2 * g.attention.num_kv_heads * g.attention.head_dim for g, n in self.sized_groups())
-        return channels * jnp.dtype(dtype).itemsize
+    def attentions(self) -> Iterator[tuple[AttentionConfig, int, int]]:
+        """Layers of a group that see the same: their attention, the number of the first one, and how many they are."""
+        first = 0
+        for group, num_layers in self.sized_groups():
+            turn = len(group.attention.masks())
+            for place in range(min(turn, num_layers)):
+                yield group.attention, first + place, len(range(place, num_layers, turn))
+            first += num_layers
+
+    def kv_bytes(self, length: int, dtype: Any = "bfloat16") -> int:
+        """Bytes of the decode cache of one sequence of ``length`` positions."""
+        total = 0
+        for group, num_layers in self.sized_groups():
+            slots, sums = group.attention.cache_size(length)
+            channels = num_layers * group.attention.num_kv_heads * group.attention.head_dim
+            total += channels * (2 * slots * jnp.dtype(dtype).itemsize + sums * 4)
+        return total
+
+    def kv_bytes_per_token(self, dtype: Any = "bfloat16", length: int | None = None) -> float:
+        """Bytes of the decode cache for each of ``length`` positions of a sequence; None: for one more of a long one.
+
+        Segments that are not full count as part of the whole ones: a mean.
+        """
+        if length is not None:
+            return self.kv_bytes(length, dtype) / length
+        turn = math.lcm(*(g.attention.segmented.segment_size if g.attention.segmented else 1 for g in self.groups))
+        return (self.kv_bytes(3 * turn, dtype) - self.kv_bytes(2 * turn, dtype)) / turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +206,12 @@ class Block(nnx.Module):
         self.ffn = group.ffn.make(cfg.d_model, out_scale=out_scale, rngs=rngs)
         self.is_moe = isinstance(group.ffn, MoEConfig)
 
-    def __call__(self, x_BTD, *, documents, positions_BT, rope, cache=None, lengths_B=None, layer=None):
-        """``layer``: which of a stack this is, if the experts' weights are given for the whole stack."""
+    def __call__(self, x_BTD, *, documents, positions_BT, rope, depth, cache=None, lengths_B=None, stack=None):
+        """One layer.
+
+        Of the model's layers it is number ``depth``, or one that sees the same. ``stack``: the caches of the whole
+        stack of layers, and which of them this is; then the experts' weights are given for the whole stack, too.
+        """
         with jax.named_scope("attention"):
             y_BTD, cache = self.attention(
                 self.attention_norm(x_BTD),
@@ -191,12 +220,14 @@ class Block(nnx.Module):
                 rope=rope,
                 cache=cache,
                 lengths_B=lengths_B,
+                layer=depth,
+                stack=stack,
             )
             x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
         with jax.named_scope("ffn"):
             h_BTD, stats = self.ffn_norm(x_BTD), None
             if self.is_moe:
-                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32), layer=layer)
+                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32), layer=stack and stack[1])
             else:
                 y_BTD = self.ffn(h_BTD)
             x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
@@ -257,11 +288,13 @@ class Decoder(nnx.Module):
 
         caches, router = [], {}
         lengths_B = None if cache is None or cache_is_empty else cache.lengths_B
+        depth = 0
         for index, (_, num_layers) in enumerate(self.cfg.sized_groups()):
             with jax.named_scope(f"group_{index}"):
-                run = functools.partial(self._run_group, index, num_layers, lengths_B=lengths_B)
+                run = functools.partial(self._run_group, index, range(depth, depth + num_layers), lengths_B=lengths_B)
                 x_BTD, layer_cache, stats = run(x_BTD, documents, history, rope, cache)
             caches.append(layer_cache)
+            depth += num_layers
             if stats is not None:
                 router[f"group_{index}"] = stats
         if cache is not None:
@@ -271,15 +304,16 @@ class Decoder(nnx.Module):
         copy = self.copy.bonus(hidden_BTD, *match) if self.cfg.copy is not None else None
         return DecoderOutput(hidden_BTD, cache, router, self._auxiliary_losses(router), copy)
 
-    def _run_group(self, index, num_layers, x_BTD, documents, history, rope, cache, lengths_B):
+    def _run_group(self, index, depths, x_BTD, documents, history, rope, cache, lengths_B):
         graph, state = nnx.split(getattr(self, f"group_{index}"))
-        weights, whole, numbers = nnx.to_pure_dict(state), {}, None
-        if cache is not None and isinstance(self.cfg.groups[index].ffn, MoEConfig):
-            # Cut out of the stack, experts would be copied to be read; whole, only those that have rows are read.
-            whole = {name: weights["ffn"].pop(name) for name in MoE.EXPERTS}
-            numbers = jnp.arange(num_layers)
+        weights, whole, numbers, old = nnx.to_pure_dict(state), {}, None, None
+        if cache is not None:
+            numbers, old = jnp.arange(len(depths)), cache.groups[index]
+            if isinstance(self.cfg.groups[index].ffn, MoEConfig):
+                # Cut out of the stack, experts would be copied to be read; whole, only those that have rows are read.
+                whole = {name: weights["ffn"].pop(name) for name in MoE.EXPERTS}
 
-        def layer(x_BTD, scanned):
+        def layer(depth, x_BTD, scanned):
             weights, layer_cache, number = scanned
             if whole:
                 weights = weights | {"ffn": weights["ffn"] | whole}
@@ -288,20 +322,28 @@ class Decoder(nnx.Module):
                 documents=documents,
                 positions_BT=history.positions_BT,
                 rope=rope,
+                depth=depth,
                 cache=layer_cache,
                 lengths_B=lengths_B,
-                layer=number,
+                stack=None if old is None else (old, number),
             )
             return x_BTD, (new, stats)
 
+        attention, wrap = self.cfg.groups[index].attention, lambda layer: layer
         if self.compute.remat != "none" and cache is None:
-            layer = jax.checkpoint(layer, policy=_REMAT[self.compute.remat], prevent_cse=False)
-        old = None if cache is None else cache.groups[index]
-        if self.compute.unroll:
-            x_BTD, (new, stats) = _unrolled(layer, x_BTD, (weights, old, numbers), num_layers)
-        else:
-            x_BTD, (new, stats) = jax.lax.scan(layer, x_BTD, (weights, old, numbers))
-        return x_BTD, None if old is None else written(old, new, lengths_B), stats
+            wrap = functools.partial(jax.checkpoint, policy=_REMAT[self.compute.remat], prevent_cse=False)
+        turn = depths[: len(attention.masks())]  # what layers see repeats with it
+        layers = [functools.partial(layer, depth) for depth in turn]
+        run = _unrolled if self.compute.unroll else functools.partial(_scanned, differentiable=cache is None)
+        x_BTD, (new, stats) = run(layers, x_BTD, (weights, old, numbers), len(depths), wrap)
+        if old is None:
+            return x_BTD, None, stats
+        slots_PBT = None
+        if lengths_B is not None:
+            new_B = jnp.sum(documents.ids_BT > 0, axis=1)
+            T = x_BTD.shape[1]
+            slots_PBT = jnp.stack([slots_of(attention.mask(depth), lengths_B, T, new_B) for depth in turn])
+        return x_BTD, written(old, new, slots_PBT), stats
 
     def _auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
         losses: dict[str, Any] = {}
@@ -336,15 +378,17 @@ class Decoder(nnx.Module):
             logits_BTV = logits_BTV + jnp.where(chosen_BTV, out.copy.bonus_BT[..., None], 0)
         return shard(logits_BTV, "batch", "length", "vocab")
 
-    def empty_cache(self, batch: int, slots: int, dtype: Any = None) -> Cache:
-        """A cache for ``batch`` sequences of up to ``slots`` positions."""
+    def empty_cache(self, batch: int, slots: int, dtype: Any = None, *, parts: int = 1) -> Cache:
+        """A cache for ``batch`` sequences of up to ``slots`` positions; what a row keeps divides over ``parts``."""
         dtype = dtype or self.compute.dtype
         groups = []
         for g, num_layers in self.cfg.sized_groups():
             a = g.attention
-            kv = jnp.zeros((num_layers, batch, slots, a.num_kv_heads, a.head_dim), dtype)
+            kept, sums = a.cache_size(slots)
+            kv = jnp.zeros((num_layers, batch, -(-kept // parts) * parts, a.num_kv_heads, a.head_dim), dtype)
             conv = jnp.zeros((num_layers, batch, max(a.conv_taps - 1, 0), self.cfg.d_model), dtype)
-            groups.append(LayerCache(kv, kv, conv))
+            tail_sums = jnp.zeros((num_layers, batch, sums, a.num_kv_heads, a.head_dim), jnp.float32)
+            groups.append(LayerCache(kv, kv, conv, tail_sums))
         return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32))
 
 
@@ -355,7 +399,8 @@ def cache_shardings(num_groups: int, mesh: Mesh, rules: Rules) -> Cache:
         return NamedSharding(mesh, rules.spec(*axes))
 
     kv = place("layers", "batch", "slots", "kv_heads", None)
-    group = LayerCache(kv, kv, place("layers", "batch", None, None))
+    sums = place("layers", "batch", None, "kv_heads", None)
+    group = LayerCache(kv, kv, place("layers", "batch", None, None), sums)
     return Cache((group,) * num_groups, place("batch"), place("batch", None))
 
 
@@ -372,13 +417,52 @@ def _history(tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | 
     return History(tokens_BS, slots_BT, slots_BT, jnp.zeros_like(tokens_BS)), cache
 
 
-def _unrolled(layer: Any, x: Any, stacked: Any, num_layers: int) -> tuple[Any, Any]:
-    """`jax.lax.scan` of ``layer`` written out: one program for each layer, its weights cut from the stack once."""
+Layer = Callable[[Any, Any], tuple[Any, Any]]  # (x, its part of a stack) -> (x, what it makes)
+
+
+def _unrolled(layers: Sequence[Layer], x: Any, stacked: Any, num_layers: int, wrap: Any) -> tuple[Any, Any]:
+    """``layers`` in turn, ``num_layers`` in all, written out: each has its weights cut from the stack once."""
     outputs = []
-    for weights in _unstack(stacked, num_layers):
-        x, y = layer(x, weights)
+    for number, weights in enumerate(_unstack(stacked, num_layers)):
+        x, y = wrap(layers[number % len(layers)])(x, weights)
         outputs.append(y)
     return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
+
+
+def _scanned(
+    layers: Sequence[Layer], x: Any, stacked: Any, num_layers: int, wrap: Any, *, differentiable: bool
+) -> tuple[Any, Any]:
+    """The same as a scan over the turns of ``layers``; those of a turn that is not full are written out behind it."""
+    if len(layers) == 1:
+        return jax.lax.scan(wrap(layers[0]), x, stacked)
+    turns = num_layers // len(layers)
+    in_turns = turns * len(layers)
+
+    def part(place: int, turn: Any) -> Any:
+        if differentiable:
+            return jax.tree.map(lambda x: x[place], turn)
+        # By its number out of the whole: if there is a rest, what goes into a scan is a copy without it.
+        number = turn * len(layers) + place
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stacked)
+
+    def one_turn(x: Any, turn: Any) -> tuple[Any, Any]:
+        outputs = []
+        for place, layer in enumerate(layers):
+            # Within what is computed again: so the stack itself is kept for it, and no part of it.
+            x, y = wrap(lambda x, turn, place=place, layer=layer: layer(x, part(place, turn)))(x, turn)
+            outputs.append(y)
+        return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
+
+    xs = jnp.arange(turns)
+    if differentiable:
+        xs = jax.tree.map(lambda x: x[:in_turns].reshape(turns, len(layers), *x.shape[1:]), stacked)
+    x, made = jax.lax.scan(one_turn, x, xs)
+    made = jax.tree.map(lambda y: y.reshape(in_turns, *y.shape[2:]), made)
+    if num_layers == in_turns:
+        return x, made
+    rest = jax.tree.map(lambda x: x[in_turns:], stacked)
+    x, more = _unrolled(layers, x, rest, num_layers - in_turns, wrap)
+    return x, jax.tree.map(lambda *ys: jnp.concatenate(ys), made, more)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

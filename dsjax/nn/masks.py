@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
+
+from dsjax.config import NonNegativeInt, PositiveInt, UserError
+from pallas_kernels.segmented_attention import Segments
 
 # A field of a dataclass that is a pytree: an array, or whatever stands for one in a mapped tree (its shape, its
 # sharding). So the field's name tells the shape, and run-time checks are made where arrays enter functions.
@@ -36,6 +39,38 @@ class Documents:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segmented:
+    """Segmented attention for a group of layers (docs/segmented_attention.md).
+
+    Attributes:
+        segment_size: positions of a segment, W.
+        window: the last positions of a segment, w, which later segments see, too; none: half of it.
+        shift: positions by which the cuts are moved towards the start. ``alternate``: by none in the even layers of the
+            model, by w in the odd ones, so that with half a segment two layers see every position between them.
+        top_segments: of the earlier segments a position looks at the first, the previous and this many best ones; none:
+            at all.
+    """
+
+    segment_size: PositiveInt = 1024
+    window: NonNegativeInt | None = None
+    shift: Literal["alternate"] | NonNegativeInt = "alternate"
+    top_segments: NonNegativeInt | None = None
+
+    def validate(self) -> None:
+        if self.window is not None and self.window > self.segment_size:
+            raise UserError(f"window is {self.window}; it must be at most segment_size, {self.segment_size}")
+        if self.shift != "alternate" and self.shift >= self.segment_size:
+            raise UserError(f"shift is {self.shift}; it must be less than segment_size, {self.segment_size}")
+
+    def layers(self) -> tuple[Segments, ...]:
+        """What the layers of a model do in turn: layer n what stands at n modulo the length."""
+        W = self.segment_size
+        w = W // 2 if self.window is None else self.window
+        shifts = sorted({0, w % W}) if self.shift == "alternate" else [self.shift]
+        return tuple(Segments(W, w, shift, self.top_segments) for shift in shifts)
+
+
+@dataclasses.dataclass(frozen=True)
 class Causal:
     """Query t sees keys j <= t of its document; with ``window`` only the last ``window`` of them."""
 
@@ -47,4 +82,19 @@ class Full:
     """Every query sees every key of its document (encoders)."""
 
 
-AttentionMask = Causal | Full
+AttentionMask = Causal | Segments
+
+
+def sees(
+    mask: AttentionMask, t: Int[Array, ...], j: Int[Array, ...], chosen: Int[Array, "... X"] | None = None
+) -> Bool[Array, ...]:
+    """Whether the query at position t of a document may see the key at position j; all are broadcast.
+
+    ``chosen``: the segments whose tails the query looks at, -1 for none; None: all.
+    """
+    if isinstance(mask, Segments):
+        tails = mask.in_tail(j)
+        if chosen is not None:
+            tails &= (chosen == mask.of(j)[..., None]).any(axis=-1)
+        return (j <= t) & ((mask.of(j) == mask.of(t)) | tails)
+    return (j <= t) if mask.window is None else (j <= t) & (j > t - mask.window)

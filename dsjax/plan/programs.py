@@ -120,10 +120,9 @@ def experts_of(model: DecoderConfig) -> int:
 def decode_flops(model: DecoderConfig, length: int) -> float:
     """FLOPs of one token that sees ``length`` positions, itself included."""
     flops = model.flops_per_token(1, training=False)
-    for group, num_layers in model.sized_groups():
-        attention = group.attention
-        seen = min(attention.window or length, length) - 1  # the token itself is counted
-        flops += num_layers * 4 * attention.num_heads * attention.head_dim * seen
+    for attention, layer, num_layers in model.attentions():
+        seen = attention.visible_pairs(length, layer) - attention.visible_pairs(length - 1, layer)
+        flops += num_layers * 4 * attention.num_heads * attention.head_dim * (seen - 1)  # itself is counted
     return flops
 
 

@@ -1,0 +1,146 @@
+"""Which earlier segments a position looks back at (``top_segments``), and rows gathered by the segment they look at.
+
+The queries of one position that share a key/value head choose together, by the product of their mean with the mean
+key of each tail (as Lu et al. 2025, Mixture of Block Attention, do for whole blocks). A choice depends on nothing
+behind its position, so that a token generated later can not change it. As experts in a mixture, segments then
+receive the rows that chose them: one dense product for each block of rows, and the partial softmaxes are merged by
+their log-sum-exp. The cost is that of ``top + 2`` tails for each position, whatever the length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.segmented_attention.segments import Segments
+
+QUERIES_AT_A_TIME = 2048  # whose scores against all segments exist together
+
+
+def cut(x_BT: Array, segments: Segments) -> Array:
+    """(B, T, ...) -> (B, J, W, ...): by segments, with zeros before the first and behind the last position."""
+    B, T = x_BT.shape[:2]
+    num = segments.count(T)
+    widths = [(0, 0)] * x_BT.ndim
+    widths[1] = (segments.shift, num * segments.size - segments.shift - T)
+    return jnp.pad(x_BT, widths).reshape(B, num, segments.size, *x_BT.shape[2:])
+
+
+def tails(x_BT: Array, segments: Segments) -> Array:
+    """(B, T, ...) -> (B, J, w, ...): the tail of each segment."""
+    return cut(x_BT, segments)[:, :, segments.size - segments.window :]
+
+
+def choose(
+    q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], ids_BT: Int[Array, "B T"], segments: Segments
+) -> Int[Array, "B T K X"]:
+    """:func:`choose_among` the tails of the same rows."""
+    return choose_among(q_BTNH, ids_BT, tails(k_BTKH, segments), tails(ids_BT, segments), segments)
+
+
+def choose_among(
+    q_BTNH: Float[Array, "B T N H"],
+    ids_BT: Int[Array, "B T"],
+    k_BJwKH: Float[Array, "B J w K H"],
+    ids_BJw: Int[Array, "B J w"],
+    segments: Segments,
+    before: Int[Array, ""] | int = 0,
+) -> Int[Array, "B T K X"]:
+    """The earlier segments whose tails each position sees, by key/value head; -1: none. X is at most ``top + 2``.
+
+    The first segment whose tail holds a key of the position's document, the previous one, and the ``top`` best of
+    the others. A tail's mean is over the keys of the document that its last position belongs to: of a document that
+    began later, no key is in it. Without gradient.
+
+    Args:
+        q_BTNH: queries.
+        ids_BT: their documents.
+        k_BJwKH: keys of the tails of all segments.
+        ids_BJw: their documents.
+        segments: how the positions at hand are cut.
+        before: number of the segment that the first of them would be in without a shift.
+    """
+    assert segments.top is not None
+    (B, T, N, H), K, num = q_BTNH.shape, k_BJwKH.shape[3], ids_BJw.shape[1]
+    width = min(segments.top + 2, num)
+    last_BJ = ids_BJw[:, :, -1] if segments.window else jnp.zeros((B, num), ids_BT.dtype)
+    counts = ((ids_BJw == last_BJ[..., None]) & (ids_BJw > 0)).astype(jnp.float32)
+    k_BJwKH = jax.lax.stop_gradient(k_BJwKH).astype(jnp.float32)
+    mean_BJKH = jnp.einsum("BJw,BJwKH->BJKH", counts, k_BJwKH) / jnp.maximum(counts.sum(-1), 1)[..., None, None]
+    mean_BTKH = jax.lax.stop_gradient(q_BTNH).reshape(B, T, K, N // K, H).astype(jnp.float32).mean(axis=3)
+
+    def best(some: tuple[Array, Array, Array]) -> Array:
+        mean_BtKH, ids_Bt, position_t = some
+        j, own_t1 = jnp.arange(num), before + segments.of(position_t)[:, None]
+        there_BtJ = (j < own_t1) & (last_BJ[:, None] == ids_Bt[..., None]) & (ids_Bt > 0)[..., None]
+        first_BtJ = there_BtJ & (jnp.cumsum(there_BtJ, axis=-1) == 1)
+        always_BtJ = first_BtJ | (there_BtJ & (j == own_t1 - 1))
+        scores_BtKJ = jnp.einsum("BtKH,BJKH->BtKJ", mean_BtKH, mean_BJKH, precision="highest")
+        scores_BtKJ = jnp.where(always_BtJ[:, :, None], jnp.inf, scores_BtKJ)
+        scores_BtKJ = jnp.where(there_BtJ[:, :, None], scores_BtKJ, -jnp.inf)
+        score_BtKX, chosen_BtKX = jax.lax.top_k(scores_BtKJ, width)
+        room_Bt = segments.top + always_BtJ.sum(axis=-1)
+        kept = (score_BtKX > -jnp.inf) & (jnp.arange(width) < room_Bt[..., None, None])
+        return jnp.where(kept, chosen_BtKX, -1)
+
+    positions_T = jnp.arange(T)
+    if T <= QUERIES_AT_A_TIME:
+        return best((mean_BTKH, ids_BT, positions_T))
+    extra = -T % QUERIES_AT_A_TIME
+
+    def blocks(x: Array, axis: int) -> Array:
+        widths = [(0, extra if a == axis else 0) for a in range(x.ndim)]
+        x = jnp.pad(x, widths)
+        shape = (*x.shape[:axis], -1, QUERIES_AT_A_TIME, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    chosen = jax.lax.map(best, (blocks(mean_BTKH, 1), blocks(ids_BT, 1), blocks(positions_T, 0)))
+    return jnp.moveaxis(chosen, 0, 1).reshape(B, T + extra, K, width)[:, :T]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where the rows that look at one segment stand: in blocks of which each belongs to one segment.
+
+    Attributes:
+        position_BKR: the position whose queries a row holds; -1: an empty row.
+        segment_BKI: the segment of each block of rows; -1: no row of it is used, nor of the blocks behind it.
+        row_BTKX: the row of each choice; -1 for none.
+    """
+
+    position_BKR: Array
+    segment_BKI: Array
+    row_BTKX: Array
+
+
+def gather_rows(chosen_BTKX: Int[Array, "B T K X"], num_segments: int, block: int) -> Rows:
+    """A counting sort of choices by segment; each segment's rows begin with a block."""
+    B, T, K, X = chosen_BTKX.shape
+    num_blocks = -(-(T * X) // block) + num_segments
+    num_rows = num_blocks * block
+
+    def sort(chosen_TX: Array) -> tuple[Array, Array, Array]:
+        segment_A = jnp.where(chosen_TX < 0, num_segments, chosen_TX).reshape(-1)
+        order_A = jnp.argsort(segment_A, stable=True)
+        sorted_A = segment_A[order_A]
+        starts_J = jnp.searchsorted(sorted_A, jnp.arange(num_segments + 1)).astype(jnp.int32)
+        blocks_J = -(-jnp.diff(starts_J) // block)
+        ends_J = jnp.cumsum(blocks_J)
+        first_row_J = jnp.append((ends_J - blocks_J) * block, num_rows)
+        row_A = first_row_J[sorted_A] + jnp.arange(T * X) - starts_J[sorted_A]
+        row_A = jnp.where(sorted_A < num_segments, row_A, num_rows)
+        position_R = jnp.full(num_rows, -1).at[row_A].set(order_A // X, mode="drop", unique_indices=False)
+        segment_I = jnp.searchsorted(ends_J, jnp.arange(num_blocks), side="right")
+        row_TX = jnp.zeros(T * X, jnp.int32).at[order_A].set(row_A, unique_indices=True).reshape(T, X)
+        return (
+            position_R,
+            jnp.where(segment_I < num_segments, segment_I, -1),
+            jnp.where(row_TX < num_rows, row_TX, -1),
+        )
+
+    position, segment, row = jax.vmap(jax.vmap(sort))(chosen_BTKX.swapaxes(1, 2))
+    return Rows(position, segment, row.swapaxes(1, 2))
