@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.plans import table
 from benchmarks.timing import ROOT
 
 LENGTH, HEADS, WIDTH = 102_400, 8, 128  # 100 segments of 1,024; 8 heads of 128
@@ -103,6 +104,22 @@ def run() -> dict[str, Any]:
         for key in ("training", "cache"):
             row[f"{key}_below_block_sparse"] = 1 - row[f"{key}_bytes"] / peer[f"{key}_bytes"]
     return {"chip": CHIP, "length": LENGTH, "heads": HEADS, "head_width": WIDTH, "segment_size": SEGMENT, "rows": rows}
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Markdown."""
+    head = ("layer", "training step, GiB", "below block-sparse", "decode cache, MiB", "below block-sparse")
+    rows = [
+        (
+            row["layer"],
+            f"{row['training_bytes'] / 2**30:,.2f}" + ("" if row["fits"] else " (does not fit)"),
+            f"{row['training_below_block_sparse']:.1%}",
+            f"{row['cache_bytes'] / 2**20:,.1f}",
+            f"{row['cache_below_block_sparse']:.1%}",
+        )
+        for row in found["rows"]
+    ]
+    return table(head, rows)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,45 @@ def attention(
     show(figures, target)
 
 
+def attention_memory(*, json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "") -> None:
+    """Compile a training step of an attention layer at 102,400 positions for a TPU, beside what people write in JAX."""
+    from benchmarks.attention_memory import run, tables
+
+    target = target_of(json)
+    figures = run()
+    print(tables(figures), file=sys.stderr)
+    show(figures, target)
+
+
+def attention_energy(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    chip: Annotated[str, arg(help="as for dsjax plan")] = "v5e",
+) -> None:
+    """Energy of segmented and of full attention at 16,384 positions, by the model of dsjax plan."""
+    from benchmarks.attention_energy import figures, tables
+
+    target = target_of(json)
+    found = figures(chip)
+    print(tables(found), file=sys.stderr)
+    show(found, target)
+
+
+def needles(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    seeds: Annotated[int, arg(help="models of each kind")] = 4,
+    kept: Annotated[str, arg(metavar="FILE", help="a line for each trained model; it goes on from there")] = "",
+) -> None:
+    """Train small models that differ in attention alone to find needles; on two idle cores some minutes each."""
+    from benchmarks.needles import study, summary, tables
+
+    target, lines = target_of(json), target_of(kept) or ROOT / "build" / "needles.jsonl"
+    rows = study(seeds, lines, lambda text: print(text, file=sys.stderr, flush=True))
+    print(tables(rows), file=sys.stderr)
+    show({"runs": rows, "summary": summary(rows)}, target)
+
+
 def plans(
     only: Annotated[Literal["all", "scaling", "inference", "published"], arg(help="which part")] = "all",
 ) -> None:
@@ -105,6 +144,9 @@ def main() -> None:
     app.command(train)
     app.command(checkpoint)
     app.command(attention)
+    app.command(attention_memory)
+    app.command(attention_energy)
+    app.command(needles)
     app.command(plans)
     app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
 

@@ -1,7 +1,7 @@
 """What is kept of full attention's retrieval: small models that differ in attention alone, trained to find needles.
 
-Equal parameters, rows and tokens; rows grow from one segment to eight in the course of training, and models are asked at
-eight. Each finished run is a line of a file, so that a study can be stopped and goes on.
+Equal parameters, rows and tokens; rows grow from one segment to eight in the course of training, and models are asked
+at eight. Each finished run is a line of a file, so that a study can be stopped and goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.plans import table
 from benchmarks.sparse_layers import strided_mask
 from dsjax.data.batch import Batch
 from dsjax.evals.needle import KINDS, NeedleConfig, NeedleRows, needle_rows
@@ -182,3 +183,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             line[kind] |= {"interval": [float(low), float(high)], "by_seed": share.tolist()}
         out[variant] = line
     return out
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = ("attention", "positions seen", "seeds", *(f"{kind}, right" for kind in KINDS), "kept of full attention's")
+    lines = []
+    for variant, line in summary(rows).items():
+        kept = ", ".join(
+            f"{line[k]['kept']:.1%} ({line[k]['interval'][0]:.0%}-{line[k]['interval'][1]:.0%})" for k in KINDS
+        )
+        shares = (f"{line[kind]['right']:.1%}" for kind in KINDS)
+        lines.append((variant, f"{line['visible_positions']:.0f}", str(line["seeds"]), *shares, kept))
+    return table(head, lines)

@@ -23,3 +23,9 @@ def stated_share(name_stack: str) -> float:
     for found in re.findall(r"useful=([0-9.]+)", name_stack):
         share *= float(found)
     return share
+
+
+def stated_flops(name_stack: str) -> float | None:
+    """What a kernel states in a scope around it, where its call takes no cost (Mosaic GPU)."""
+    found = re.findall(r"kernel_flops=([0-9]+)", name_stack)
+    return float(found[-1]) if found else None

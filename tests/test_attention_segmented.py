@@ -17,9 +17,9 @@ from models import V, graph, logits, random_tokens, weights
 
 from dsjax.config import UserError, apply_overrides, validate
 from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
-from dsjax.nn.attention import Attention, AttentionConfig, chooses, reads_chosen
+from dsjax.nn.attention import Attention, AttentionConfig, chooses, reads_chosen, whole_segments
 from dsjax.nn.cache import LayerCache, held_positions, num_slots, slots_of, written
-from dsjax.nn.masks import Documents, Segmented
+from dsjax.nn.masks import Documents, Segmented, sees
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.nn.rope import rope_angles
@@ -263,9 +263,21 @@ def test_how_it_is_computed_changes_no_gradient(compute: dict) -> None:
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6), got, want)
 
 
-def test_eight_devices_give_the_gradients_of_one() -> None:
-    params, tokens = weights(ALTERNATE), jnp.asarray(random_tokens(2, 20))
-    definition = graph(ALTERNATE, remat="full")
+@pytest.mark.parametrize(
+    ("length", "mesh", "top"),
+    [
+        (20, MeshConfig(data=2, tensor=2, context=2), None),  # rows are gathered: 10 positions are no whole segments
+        (32, MeshConfig(data=2, context=4), None),
+        (32, MeshConfig(tensor=2, context=4), 0),
+    ],
+)
+def test_eight_devices_give_the_gradients_of_one(length: int, mesh: MeshConfig, top: int | None) -> None:
+    attention = dataclasses.replace(ATTENTION, segmented=Segmented(8, top_segments=top))
+    cfg = dataclasses.replace(ALTERNATE, groups=(LayerGroup(MLPConfig(24), attention),))
+    params, tokens = weights(cfg), jnp.asarray(random_tokens(2, length))
+    definition = graph(cfg, remat="full")
+    with use_mesh(make_mesh(mesh)):
+        assert whole_segments(attention.mask(0), length) == (() if length == 20 else ("context",))
 
     def gradients(mesh: Any) -> Any:
         def loss(params):
@@ -275,7 +287,7 @@ def test_eight_devices_give_the_gradients_of_one() -> None:
 
         return jax.jit(jax.grad(loss))(params)
 
-    want, got = gradients(None), gradients(make_mesh(MeshConfig(data=2, tensor=2, context=2)))
+    want, got = gradients(None), gradients(make_mesh(mesh))
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6), got, want)
 
 
@@ -345,6 +357,20 @@ def test_sizes_that_do_not_go_together_are_refused(attention: dict[str, Any], se
         validate(LayerGroup(attention=AttentionConfig(**attention)))
 
 
+def test_shifts_go_around() -> None:
+    def shifts(segmented: Segmented) -> list[int]:
+        return [cut.shift for cut in segmented.layers()]
+
+    assert shifts(Segmented(8)) == shifts(Segmented(8, shift="cycle")) == [0, 4]
+    assert shifts(Segmented(8, 2)) == [0, 2]
+    assert shifts(Segmented(8, 2, "cycle")) == [0, 2, 4, 6]
+    assert shifts(Segmented(8, 8, "cycle")) == shifts(Segmented(8, 0, "cycle"))[:1] == [0]
+    assert shifts(Segmented(10, 3, "cycle")) == [0, 3, 6]
+    t, j = jnp.arange(64)[:, None], jnp.arange(64)
+    together = functools.reduce(jnp.logical_or, [sees(cut, t, j) for cut in Segmented(8, 2, "cycle").layers()])
+    assert bool((together == (j <= t)).all())
+
+
 def test_overrides_reach_it() -> None:
     key = "groups.0.attention.segmented"
     cfg = apply_overrides(ALTERNATE, [f"{key}=window=2,shift=3", f"{key}.top_segments=4"])
@@ -353,5 +379,5 @@ def test_overrides_reach_it() -> None:
         8, 2, top_segments=4
     )
     assert apply_overrides(cfg, [f"{key}=none"]).groups[0].attention.segmented is None
-    with pytest.raises(UserError, match=rf"{key}.shift is 'odd'; it must be one of alternate or an integer"):
+    with pytest.raises(UserError, match=rf"{key}.shift is 'odd'; it must be one of alternate, cycle or an integer"):
         apply_overrides(cfg, [f"{key}.shift=odd"])

@@ -25,6 +25,7 @@ from dsjax.sharding import MeshConfig, make_mesh
 from dsjax.train.pretrain import Pretrain
 from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.cost import useful_flops
+from pallas_kernels.segmented_attention import Segments, segmented_attention
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 X = jnp.ones((8, 16))
@@ -151,6 +152,22 @@ def test_attention_counts_what_is_visible(length: int, window: int | None, platf
     found = count(gradient, q, k, k, platform=platform)
     assert found.model == pytest.approx(3 * forward, rel=1e-6)
     assert found.wasted >= 0.5 * forward  # scores are computed again
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_segmented_attention_counts_what_is_visible(platform: str, documents: bool) -> None:
+    cut, T = Segments(256, 128, 128), 1024
+    q, k = jnp.ones((2, T, 4, 64), jnp.bfloat16), jnp.ones((2, T, 2, 64), jnp.bfloat16)
+    ids = jnp.ones((2, T), jnp.int32) if documents else None
+
+    def attend(q, k, v):
+        return segmented_attention(q, k, v, segment_size=256, shift=128, documents=ids)
+
+    forward = 2 * 4 * cut.visible_pairs(T) * 2 * (64 + 64)
+    assert count(attend, q, k, k, platform=platform).model == pytest.approx(forward, rel=1e-6)
+    gradient = jax.grad(lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    assert count(gradient, q, k, k, platform=platform).model == pytest.approx(3 * forward, rel=1e-6)
 
 
 # ---------------------------------------------------------------- whole steps

@@ -150,14 +150,14 @@ CHOSEN = (
     Fault(
         "the own segment is chosen, with its future",
         "selection.py",
-        "(j < own_t1) & (last_BJ",
-        "(j <= own_t1) & (last_BJ",
+        "there_BTJ &= j < own_BT[..., None]",
+        "there_BTJ &= j <= own_BT[..., None]",
         "top 1 of four",
     ),
     Fault(
         "the first segment of the row, not of the document",
         "selection.py",
-        "(jnp.cumsum(there_BtJ, axis=-1) == 1)",
+        "(jnp.cumsum(there_BTJ, axis=-1) == 1)",
         "(j == 0)",
         "top 0, packed",
     ),
@@ -165,8 +165,8 @@ CHOSEN = (
         "the first head of a group chooses", "selection.py", "astype(jnp.float32).mean(axis=3)",
         "astype(jnp.float32)[:, :, :, 0]", "top 2",
     ),
-    Fault("the worst are chosen", "selection.py", "jax.lax.top_k(scores_BtKJ, width)",
-        "jax.lax.top_k(jnp.where(jnp.isfinite(scores_BtKJ), -scores_BtKJ, scores_BtKJ), width)", "top 2"),
+    Fault("the worst are chosen", "selection.py", "jax.lax.top_k(scores_BTKJ, width)",
+        "jax.lax.top_k(jnp.where(jnp.isfinite(scores_BTKJ), -scores_BTKJ, scores_BTKJ), width)", "top 2"),
     Fault(
         "blocks of rows overlap",
         "selection.py",

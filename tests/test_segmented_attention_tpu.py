@@ -52,11 +52,11 @@ def layouts(draw: st.DrawFn) -> tuple[int, Segments, Layout]:
     segments = Segments(W, draw(st.integers(0, W)), draw(st.integers(0, W - 1)))
     part = draw(st.sampled_from([8, 16]))
     queries, keys = (part * draw(st.integers(1, 4)) for _ in range(2))
-    T = draw(st.integers(1, 150))
+    T = draw(st.integers(1, 120))
     return T, segments, lay_out(T, segments, Tiles(queries, keys, part))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(layouts())
 def test_what_a_block_sees_is_a_prefix_of_the_tails_the_rows_in_front_and_a_pattern(drawn) -> None:
     T, segments, layout = drawn
@@ -79,7 +79,7 @@ def test_what_a_block_sees_is_a_prefix_of_the_tails_the_rows_in_front_and_a_patt
     assert sum(layout.pairs.values()) == found.sum()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(layouts())
 def test_arrays_come_back_from_where_they_were_laid(drawn) -> None:
     T, segments, layout = drawn
@@ -89,7 +89,7 @@ def test_arrays_come_back_from_where_they_were_laid(drawn) -> None:
     np.testing.assert_array_equal(layout.from_tails(layout.tails(x)), np.where(seen_later[:, None], x, 0))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(layouts())
 def test_pieces_fit_into_each_other(drawn) -> None:
     _, _, layout = drawn
@@ -111,7 +111,7 @@ def test_blocks_of_sizes_in_use_are_as_large_as_the_tiles_and_waste_nothing() ->
 # ---------------------------------------------------------------- documents
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(layouts(), st.integers(0, 9), st.booleans())
 def test_chunks_are_skipped_only_where_nothing_is_seen_and_go_unmasked_only_where_all_is(drawn, seed, sorted_ids):
     T, _, layout = drawn

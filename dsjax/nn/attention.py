@@ -21,7 +21,8 @@ from dsjax.nn.rope import apply_rope
 from dsjax.sharding import current_mesh, map_shards, param, shard
 from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.cost import useful_flops
-from pallas_kernels.segmented_attention import Segments, segmented_attention
+from pallas_kernels.segmented_attention import Segments, context_parallel_attention, segmented_attention
+from pallas_kernels.segmented_attention.selection import best_segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +162,22 @@ class Attention(nnx.Module):
         return project(out_BTKGH, self.w_out[...], num_inputs=3), new
 
     def _whole_rows(self, q_BTKGH, k_BTKH, v_BTKH, documents: Documents, mask: AttentionMask):
-        """Whole rows at once; each device attends for its own rows and heads, over the keys of the whole row."""
+        """Whole rows at once; each device attends for its own rows and heads, over the keys of the whole row.
+
+        With segments, rows stay cut by positions as well: of other devices' keys only the tails come.
+        """
+        axes = whole_segments(mask, q_BTKGH.shape[1])
 
         def attend(q_bTkGH, k_bTkH, v_bTkH, ids_bT):
             b, T, k, G, H = q_bTkGH.shape
             q_bTnH = q_bTkGH.reshape(b, T, k * G, H)
-            if isinstance(mask, Segments):
+            if not isinstance(mask, Segments):
+                out_bTnH = causal_attention(q_bTnH, k_bTkH, v_bTkH, ids_bT, mask.window)
+            elif axes:
+                out_bTnH = context_parallel_attention(
+                    q_bTnH, k_bTkH, v_bTkH, axis=axes, segments=mask, documents=ids_bT
+                )
+            else:
                 out_bTnH = segmented_attention(
                     q_bTnH,
                     k_bTkH,
@@ -177,12 +188,21 @@ class Attention(nnx.Module):
                     top_segments=mask.top,
                     documents=ids_bT,
                 )
-            else:
-                out_bTnH = causal_attention(q_bTnH, k_bTkH, v_bTkH, ids_bT, mask.window)
             return out_bTnH.reshape(b, T, k, G, H)
 
-        q, kv = ("batch", None, "kv_heads", "heads_per_kv", None), ("batch", None, "kv_heads", None)
-        return map_shards(attend, (q, kv, kv, ("batch", None)), q)(q_BTKGH, k_BTKH, v_BTKH, documents.ids_BT)
+        length = "length" if axes else None
+        q, kv = ("batch", length, "kv_heads", "heads_per_kv", None), ("batch", length, "kv_heads", None)
+        return map_shards(attend, (q, kv, kv, ("batch", length)), q)(q_BTKGH, k_BTKH, v_BTKH, documents.ids_BT)
+
+
+def whole_segments(mask: AttentionMask, length: int) -> tuple[str, ...]:
+    """The mesh axes over which rows of ``length`` positions are cut into whole segments; none: they are not."""
+    current = current_mesh()
+    if current is None or not isinstance(mask, Segments):
+        return ()
+    mesh, rules = current
+    parts = math.prod(mesh.shape[axis] for axis in rules.length)
+    return tuple(rules.length) if parts > 1 and length % (parts * mask.size) == 0 else ()
 
 
 def kept_of(
@@ -313,17 +333,9 @@ def chosen_tails(
     keys_J = jnp.where(jnp.arange(J) == 0, min(w, W - segments.shift), w)  # the first segment may be cut short
     mean_BJKH = sums_BJKH / keys_J[:, None, None]
     mean_BTKH = q_BTKGH.astype(jnp.float32).mean(axis=3)
-    own_BT1 = segments.of(position_BT)[..., None]
-    there_BTJ = jnp.arange(J) < own_BT1
-    always_BTJ = there_BTJ & ((jnp.arange(J) == 0) | (jnp.arange(J) == own_BT1 - 1))
-    scores_BKTJ = jnp.einsum("BTKH,BJKH->BKTJ", mean_BTKH, mean_BJKH, precision="highest")
-    scores_BKTJ = jnp.where(always_BTJ[:, None], jnp.inf, scores_BKTJ)
-    scores_BKTJ = jnp.where(there_BTJ[:, None], scores_BKTJ, -jnp.inf)
-    width = min(segments.top + 2, J)
-    score_BKTX, chosen_BKTX = jax.lax.top_k(scores_BKTJ, width)
-    room_BT1 = segments.top + always_BTJ.sum(axis=-1, keepdims=True)
-    kept_BKTX = (score_BKTX > -jnp.inf) & (jnp.arange(width) < room_BT1)[:, None]
-    return jnp.where(kept_BKTX, chosen_BKTX, -1)
+    there_BTJ = jnp.ones((*position_BT.shape, J), bool)
+    chosen_BTKX = best_segments(mean_BTKH, mean_BJKH, there_BTJ, segments.of(position_BT), segments.top)
+    return chosen_BTKX.swapaxes(1, 2)
 
 
 def reads_chosen(segments: Segments, num_new: int, num_slots: int, num_chosen: int) -> bool:

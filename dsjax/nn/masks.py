@@ -46,27 +46,32 @@ class Segmented:
         segment_size: positions of a segment, W.
         window: the last positions of a segment, w, which later segments see, too; none: half of it.
         shift: positions by which the cuts are moved towards the start. ``alternate``: by none in the even layers of the
-            model, by w in the odd ones, so that with half a segment two layers see every position between them.
+            model, by w in the odd ones, so that with half a segment two layers see every position between them;
+            ``cycle``: by w more in each layer, so that W / w layers do. With half a segment that is the same.
         top_segments: of the earlier segments a position looks at the first, the previous and this many best ones; none:
             at all.
     """
 
     segment_size: PositiveInt = 1024
     window: NonNegativeInt | None = None
-    shift: Literal["alternate"] | NonNegativeInt = "alternate"
+    shift: Literal["alternate", "cycle"] | NonNegativeInt = "alternate"
     top_segments: NonNegativeInt | None = None
 
     def validate(self) -> None:
         if self.window is not None and self.window > self.segment_size:
             raise UserError(f"window is {self.window}; it must be at most segment_size, {self.segment_size}")
-        if self.shift != "alternate" and self.shift >= self.segment_size:
+        if isinstance(self.shift, int) and self.shift >= self.segment_size:
             raise UserError(f"shift is {self.shift}; it must be less than segment_size, {self.segment_size}")
 
     def layers(self) -> tuple[Segments, ...]:
         """What the layers of a model do in turn: layer n what stands at n modulo the length."""
         W = self.segment_size
         w = W // 2 if self.window is None else self.window
-        shifts = sorted({0, w % W}) if self.shift == "alternate" else [self.shift]
+        if isinstance(self.shift, int):
+            shifts = [self.shift]
+        else:
+            turns = 2 if self.shift == "alternate" else max(W // max(w, 1), 1)
+            shifts = sorted({n * w % W for n in range(turns)})
         return tuple(Segments(W, w, shift, self.top_segments) for shift in shifts)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pallas_kernels.cost import stated_share
+from pallas_kernels.cost import stated_flops, stated_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _equation(eqn: Any, scopes: str, assumed: _Assumed) -> Flops:
         return _branch([inside(branch) for branch in params["branches"]], params, assumed)
     if name == "shard_map":
         return _on_each_device(inside(params["jaxpr"]), params)
-    if name == "pallas_call":
+    if name in ("pallas_call", "mpmd_map"):  # the latter is Mosaic GPU's
         return _kernel(eqn, scopes, assumed)
     if name == "custom_vjp_call":
         return inside(params["call_jaxpr"])
@@ -151,8 +151,9 @@ def _kernel(eqn: Any, scopes: str, assumed: _Assumed) -> Flops:
     """A Pallas call: the cost that it states, or else its body at every grid step."""
     label = str(eqn.params.get("name") or eqn.params.get("name_and_src_info") or "kernel").split(" ")[0]
     stated = eqn.params.get("cost_estimate")
-    if stated is not None:
-        found, source = _sorted(float(stated.flops), scopes), "stated cost"
+    flops = stated_flops(scopes) if stated is None else float(stated.flops)
+    if flops is not None:
+        found, source = _sorted(flops, scopes), "stated cost"
     else:
         steps = math.prod(int(n) for n in eqn.params["grid_mapping"].grid)
         found, source = _count(eqn.params["jaxpr"], scopes, assumed).times(steps), "its body at every grid step"

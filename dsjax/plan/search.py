@@ -205,7 +205,7 @@ def _inference(job: Job, topology: Topology, mesh: dict[str, int]) -> tuple[floa
     model, length = config.model, job.length or config.data.seq_len
     batch = job.batch_size or 1
     experts, others = _parameters(model, mesh)
-    cache = model.kv_bytes_per_token(config.compute.dtype) * batch * length / topology.num_devices
+    cache = model.kv_bytes(length, config.compute.dtype) * batch / topology.num_devices
     width = 2 if config.compute.dtype == "bfloat16" else 4
     size = (experts + others) * width + cache
     tokens = batch * (length if job.mode == "prefill" else 1)

@@ -10,6 +10,7 @@ Mosaic GPU is loaded when a kernel is traced, not before: other platforms ask :f
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from pallas_kernels.segmented_attention.selection import cut, tails
 
 TILE = 128  # of queries; a segment holds whole ones
 KEY_WIDTHS, VALUE_WIDTHS = (64, 128, 192), (64, 128)  # what the registers of two warpgroups hold
+SIMULATOR_THREADS = 8  # 3 warpgroups, the copies, and the programs around them
 MISCOMPILED = range(12080, 12091)  # by ptxas of these versions of CUDA: masks between products (JAX refuses them too)
 
 
@@ -114,12 +116,20 @@ def backward(
 def _simulated(f: Any, *arrays: Any, **static: Any) -> Any:
     """``f``, simulated on the host: shared memory, copies, barriers and warpgroups.
 
-    The simulator keeps its order by effects, which branches by platform do not allow: hence a program of its own.
+    The simulator keeps its order by effects, which branches by platform do not allow: hence a program of its own. It
+    lets threads of XLA wait for each other, and hangs where there are too few.
     """
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    shapes = jax.eval_shape(functools.partial(f, **static), *arrays)
-    return jax.pure_callback(jax.jit(functools.partial(f, **static, interpret=InterpretGPUParams())), shapes, *arrays)
+    simulate = jax.jit(functools.partial(f, **static, interpret=InterpretGPUParams()))
+
+    def run(*arrays: Any) -> Any:
+        if max(os.cpu_count() or 1, jax.local_device_count("cpu")) < SIMULATOR_THREADS:
+            flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={SIMULATOR_THREADS}"
+            raise RuntimeError(f"simulating a GPU takes more threads than there are processors here: set {flag}")
+        return simulate(*arrays)
+
+    return jax.pure_callback(run, jax.eval_shape(functools.partial(f, **static), *arrays), *arrays)
 
 
 class _Whole:

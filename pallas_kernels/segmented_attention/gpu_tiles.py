@@ -155,8 +155,8 @@ def spans(table_I4: np.ndarray, tiles: Any, blocks: Any, batch: int) -> jax.Arra
     """For each tile: first block to visit, first and end of those without a mask, end. (B, I, 4), int32.
 
     ``table`` says it for one document. ``tiles`` and ``blocks`` are :func:`extents` of ids, or None. A block that holds
-    other ids than the tile needs a mask too, and those at the start that hold none of its ids are left out: exact for
-    documents that follow each other.
+    other ids than the tile needs a mask too, and those at the start that hold none of its ids are left out: all that
+    hold none, where documents follow each other.
     """
     if tiles is None:
         return jnp.broadcast_to(jnp.asarray(table_I4, jnp.int32), (batch, *table_I4.shape))

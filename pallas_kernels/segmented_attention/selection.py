@@ -10,10 +10,11 @@ their log-sum-exp. The cost is that of ``top + 2`` tails for each position, what
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.segmented_attention.segments import Segments
 
@@ -47,7 +48,7 @@ def choose_among(
     k_BJwKH: Float[Array, "B J w K H"],
     ids_BJw: Int[Array, "B J w"],
     segments: Segments,
-    before: Int[Array, ""] | int = 0,
+    before: Any = 0,
 ) -> Int[Array, "B T K X"]:
     """The earlier segments whose tails each position sees, by key/value head; -1: none. X is at most ``top + 2``.
 
@@ -61,7 +62,7 @@ def choose_among(
         k_BJwKH: keys of the tails of all segments.
         ids_BJw: their documents.
         segments: how the positions at hand are cut.
-        before: number of the segment that the first of them would be in without a shift.
+        before: number of the segment that the first of them would be in without a shift; an int32 scalar.
     """
     assert segments.top is not None
     (B, T, N, H), K, num = q_BTNH.shape, k_BJwKH.shape[3], ids_BJw.shape[1]
@@ -74,17 +75,9 @@ def choose_among(
 
     def best(some: tuple[Array, Array, Array]) -> Array:
         mean_BtKH, ids_Bt, position_t = some
-        j, own_t1 = jnp.arange(num), before + segments.of(position_t)[:, None]
-        there_BtJ = (j < own_t1) & (last_BJ[:, None] == ids_Bt[..., None]) & (ids_Bt > 0)[..., None]
-        first_BtJ = there_BtJ & (jnp.cumsum(there_BtJ, axis=-1) == 1)
-        always_BtJ = first_BtJ | (there_BtJ & (j == own_t1 - 1))
-        scores_BtKJ = jnp.einsum("BtKH,BJKH->BtKJ", mean_BtKH, mean_BJKH, precision="highest")
-        scores_BtKJ = jnp.where(always_BtJ[:, :, None], jnp.inf, scores_BtKJ)
-        scores_BtKJ = jnp.where(there_BtJ[:, :, None], scores_BtKJ, -jnp.inf)
-        score_BtKX, chosen_BtKX = jax.lax.top_k(scores_BtKJ, width)
-        room_Bt = segments.top + always_BtJ.sum(axis=-1)
-        kept = (score_BtKX > -jnp.inf) & (jnp.arange(width) < room_Bt[..., None, None])
-        return jnp.where(kept, chosen_BtKX, -1)
+        own_1t = before + segments.of(position_t)[None]
+        there_BtJ = (last_BJ[:, None] == ids_Bt[..., None]) & (ids_Bt > 0)[..., None]
+        return best_segments(mean_BtKH, mean_BJKH, there_BtJ, own_1t, segments.top)
 
     positions_T = jnp.arange(T)
     if T <= QUERIES_AT_A_TIME:
@@ -99,6 +92,36 @@ def choose_among(
 
     chosen = jax.lax.map(best, (blocks(mean_BTKH, 1), blocks(ids_BT, 1), blocks(positions_T, 0)))
     return jnp.moveaxis(chosen, 0, 1).reshape(B, T + extra, K, width)[:, :T]
+
+
+def best_segments(
+    q_BTKH: Float[Array, "B T K H"],
+    mean_BJKH: Float[Array, "B J K H"],
+    there_BTJ: Bool[Array, "B T J"],
+    own_BT: Int[Array, "#B T"],
+    top: int,
+) -> Int[Array, "B T K X"]:
+    """The first segment that is there, the one before the own, and the ``top`` best others; -1: none.
+
+    Args:
+        q_BTKH: mean queries, float32.
+        mean_BJKH: mean keys of the tails, float32.
+        there_BTJ: whether a tail holds keys of the position's document.
+        own_BT: segment that each position lies in.
+        top: how many.
+    """
+    j, num = jnp.arange(mean_BJKH.shape[1]), mean_BJKH.shape[1]
+    width = min(top + 2, num)
+    there_BTJ &= j < own_BT[..., None]
+    first_BTJ = there_BTJ & (jnp.cumsum(there_BTJ, axis=-1) == 1)
+    always_BTJ = first_BTJ | (there_BTJ & (j == own_BT[..., None] - 1))
+    scores_BTKJ = jnp.einsum("BTKH,BJKH->BTKJ", q_BTKH, mean_BJKH, precision="highest")
+    scores_BTKJ = jnp.where(always_BTJ[:, :, None], jnp.inf, scores_BTKJ)
+    scores_BTKJ = jnp.where(there_BTJ[:, :, None], scores_BTKJ, -jnp.inf)
+    score_BTKX, chosen_BTKX = jax.lax.top_k(scores_BTKJ, width)
+    room_BT = top + always_BTJ.sum(axis=-1)
+    kept_BTKX = (score_BTKX > -jnp.inf) & (jnp.arange(width) < room_BT[..., None, None])
+    return jnp.where(kept_BTKX, chosen_BTKX, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +142,7 @@ class Rows:
 
 def gather_rows(chosen_BTKX: Int[Array, "B T K X"], num_segments: int, block: int) -> Rows:
     """A counting sort of choices by segment; each segment's rows begin with a block."""
-    B, T, K, X = chosen_BTKX.shape
+    T, X = chosen_BTKX.shape[1], chosen_BTKX.shape[3]
     num_blocks = -(-(T * X) // block) + num_segments
     num_rows = num_blocks * block
 

@@ -73,7 +73,8 @@ def backward(
         return some_heads(*map(part, arrays))
 
     grads = jax.lax.map(one, jnp.arange(K // at_a_time))
-    return tuple(jnp.moveaxis(x, 0, 2).reshape(B, T, -1, x.shape[-1]) for x in grads)
+    dq, dk, dv = (jnp.moveaxis(x, 0, 2).reshape(B, T, -1, x.shape[-1]) for x in grads)
+    return dq, dk, dv
 
 
 def _some_heads(ids_BT, segments: Segments, scale: float, interpret: Any, tiles: Tiles, q_BTNH: Array, k_BTKH: Array,

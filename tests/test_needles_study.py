@@ -1,0 +1,63 @@
+"""The study of retrieval compares like with like, and its summary is arithmetic."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import needles
+from benchmarks.attention_energy import Work, decode, layer
+from benchmarks.sparse_layers import strided_mask
+from dsjax.evals.needle import KINDS
+
+
+def test_models_differ_in_attention_alone() -> None:
+    assert len({needles.model_config(v).num_params() for v in needles.VARIANTS}) == 1
+    shapes = [
+        jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.split(make(variant), nnx.Param, ...)[1]))
+        for variant in needles.VARIANTS
+    ]
+    assert all(shape == shapes[0] for shape in shapes)
+
+
+def make(variant: str) -> nnx.Module:
+    return nnx.eval_shape(lambda: needles.make_model(variant, nnx.Rngs(0)))
+
+
+def test_the_strided_model_sees_what_its_mask_says() -> None:
+    """Gradients of one position's output in the inputs of one layer: not zero where the mask is set, and only there."""
+    model = needles.make_model("strided", nnx.Rngs(0))
+    q = jax.random.normal(jax.random.key(0), (1, 64, 2, 1, 8))
+    attend = model.group_0.attention._whole_rows
+    sees = jax.jacobian(lambda v: attend(q, q[:, :, :, 0], v, None, None).sum((0, 2, 3, 4)))(q[:, :, :, 0])
+    np.testing.assert_array_equal(np.abs(sees).sum((1, 3, 4)) > 0, strided_mask(64, needles.STRIDE))
+
+
+def test_batches_hold_equally_many_tokens_and_ask_in_turn() -> None:
+    found = needles.batches(0)
+    for kind in KINDS:
+        batch = next(found)
+        assert batch.tokens_BT.size == needles.ROW_TOKENS
+        assert float(jnp.sum(batch.loss_weight_BT)) == 64 * 3 * (1 if kind == "one" else 2)
+
+
+def test_summary_by_hand() -> None:
+    def row(variant: str, seed: int, right: float) -> dict:
+        return {"variant": variant, "seed": seed, "right": dict.fromkeys(KINDS, right), "visible_positions": 1.0}
+
+    rows = [row("full", 0, 0.8), row("full", 1, 1.0), row("strided", 0, 0.4), row("strided", 1, 0.5)]
+    line = needles.summary(rows)["strided"]["one"]
+    assert line["right"] == pytest.approx(0.45)
+    assert line["kept"] == pytest.approx(0.5)
+    assert line["interval"] == pytest.approx([0.5, 0.5])
+    assert "| strided | 1 | 2 | 45.0% |" in needles.tables(rows)
+
+
+def test_energy_of_decoding_by_hand() -> None:
+    ours, full = decode("ours"), decode("dense")
+    assert full == Work(4 * 128 * 16384, 2 * 128 * 2 * 16384)
+    assert ours.hbm_bytes / full.hbm_bytes == pytest.approx((8192 + 256) / 16384)
+    assert layer(1024, full, 1, 1).hbm_bytes == pytest.approx(8 * full.hbm_bytes + 24 * 1024**2 + 40 * 1024)
