@@ -55,6 +55,15 @@ def test_operands_without_percent_signs_are_read_too() -> None:
     assert module.computations["main"].root.operands == ("a", "a")
 
 
+def test_what_a_kernel_says_of_itself_may_have_lines() -> None:
+    module = program(
+        '  ROOT k = f32[2] custom-call(), custom_call_target="tpu_custom_call", kernel_metadata={',
+        '"mask": "x }"',
+        '}, backend_config={"a":1}',
+    )
+    assert module.computations["main"].root.attributes["backend_config"] == '{"a":1}'
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -23,7 +23,7 @@ from schedule_kernels import BLOCK, SIZE, TRIPS
 
 from dsjax.plan.kernels import MXU_SIZE, matmul_cycles
 from dsjax.plan.prefetch import packed_words, prefetched
-from dsjax.plan.schedule import DELAY_SLOTS, Count, Kernel, ScheduleError, count, parse, read_kernels
+from dsjax.plan.schedule import DELAY_SLOTS, Count, Kernel, Region, ScheduleError, count, parse, read_kernels
 
 ROOT = pathlib.Path(__file__).parent.parent
 UNITS = "MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"  # codespell:ignore valu
@@ -244,6 +244,25 @@ def test_scalars_of_constants_are_found_wherever_the_kernel_is_called() -> None:
     assert found.operands[1] is None
     (other,) = prefetched(traced.jaxpr, platform="cpu")
     assert other.name == "elsewhere"
+
+
+def test_kernels_in_a_loop_are_called_in_each_turn() -> None:
+    def program(x: jax.Array) -> Any:
+        lists = (jnp.asarray(np.array([3, 1, 4])), jnp.arange(3))
+        return jax.lax.map(lambda i: _kernel(lists, "turned")(x * i), jnp.arange(5.0))
+
+    (found,) = prefetched(jax.jit(program).trace(jax.ShapeDtypeStruct((8, 128), jnp.float32)).jaxpr)
+    assert found.calls == 5
+    assert found.words() == {0: [3, 1, 4], 1: [0, 1, 2]}
+
+
+def test_equal_runs_add_up() -> None:
+    region = Region(0, 4, "", 3, {"MXU": 2})
+    counted = Count("k", 12, 3, 1, 4, None, {"MXU": 2}, (region,)).times(5)
+    assert (counted.cycles, counted.turns, counted.skipped_turns, counted.skipped_cycles) == (60, 15, 5, 20)
+    assert counted.hbm_bytes is None
+    assert counted.slots == {"MXU": 10}
+    assert counted.regions[0].cycles == 60
 
 
 # ---------------------------------------------------------------- compiled

@@ -154,12 +154,17 @@ class Module:
         return self._lengths[key]
 
 
+# What a kernel says of itself may go over several lines.
+_METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)
+
+
 def parse(text: str) -> Module:
     """Reads the text of one compiled program. Raises ValueError where it is not one."""
     computations: dict[str, Computation] = {}
     entry = ""
     name = ""
     lines: list[tuple[int, str]] | None = None  # of the computation that is being read
+    text = _METADATA.sub("kernel_metadata={}", text)
     for number, line in enumerate(text.splitlines(), 1):
         if lines is None:
             header = _HEADER.fullmatch(line.rstrip())

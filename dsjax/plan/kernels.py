@@ -186,10 +186,13 @@ def measure(case: Case, folder: pathlib.Path, say: Callable[[str], None]) -> dic
     done = time.monotonic()
     say("counting")
     scalars: dict[str, dict[int, list[int]]] = {}
+    calls: dict[str, int] = {}
     for called in prefetched(traced.jaxpr):
+        calls[called.name] = called.calls
         if scalars.setdefault(called.name, called.words()) != called.words():
             raise schedule.ScheduleError(f"two kernels are called {called.name} and prefetch different scalars")
-    counts = [schedule.count(k, case.chip, scalars.get(k.name)) for k in schedule.read_kernels(folder)]
+    kernels = schedule.read_kernels(folder)
+    counts = [schedule.count(k, case.chip, scalars.get(k.name)).times(calls.get(k.name, 1)) for k in kernels]
     text = compiled.as_text()
     memory = compiled.memory_analysis()
     return {
@@ -218,9 +221,6 @@ def _outside(text: str) -> int:
     def of_kernel(instruction: Instruction) -> tuple[int, int] | None:
         return (0, 0) if instruction.target == "tpu_custom_call" else None
 
-    text = re.sub(
-        r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text, flags=re.DOTALL
-    )  # one instruction, one line
     moved = hbm_bytes(parse(text), of_kernel)
     return moved.read + moved.written
 

@@ -18,10 +18,17 @@ SMALL = 2**22  # elements; larger constants decide nothing
 
 @dataclasses.dataclass(frozen=True)
 class Prefetched:
-    """``operands``: of the kernel ``name``, its first, in order; None where the value is not known."""
+    """A kernel that is called.
+
+    Attributes:
+        name: of the kernel.
+        operands: its first, in order; None where the value is not known.
+        calls: how often a loop around it calls it with these.
+    """
 
     name: str
     operands: tuple[np.ndarray | None, ...]
+    calls: int = 1
 
     def words(self) -> dict[int, list[int]]:
         """As they lie in scalar memory, by their number."""
@@ -31,12 +38,14 @@ class Prefetched:
 def prefetched(jaxpr: Any, platform: str = "tpu") -> list[Prefetched]:
     """The kernels of a closed jaxpr (of ``jax.jit(f).trace(...)``), in the order in which they are called."""
     found: list[Prefetched] = []
-    _walk(jaxpr.jaxpr, jaxpr.consts, [None] * len(jaxpr.jaxpr.invars), platform, found)
+    _walk(jaxpr.jaxpr, jaxpr.consts, [None] * len(jaxpr.jaxpr.invars), platform, found, 1)
     return found
 
 
-def _walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], platform: str, found: list[Prefetched]) -> list[Any]:
-    """Values of what a jaxpr gives, None where unknown."""
+def _walk(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], platform: str, found: list[Prefetched], calls: int
+) -> list[Any]:
+    """Values of what a jaxpr that is gone through ``calls`` times gives, None where unknown."""
     known: dict[Any, Any] = {
         var: value
         for var, value in [*zip(jaxpr.constvars, consts, strict=True), *zip(jaxpr.invars, args, strict=True)]
@@ -48,12 +57,12 @@ def _walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], platform: str,
 
     for eqn in jaxpr.eqns:
         given = [value(atom) for atom in eqn.invars]
-        made = _equation(eqn, given, platform, found)
+        made = _equation(eqn, given, platform, found, calls)
         known |= {var: x for var, x in zip(eqn.outvars, made, strict=True) if x is not None}
     return [value(atom) for atom in jaxpr.outvars]
 
 
-def _equation(eqn: Any, given: list[Any], platform: str, found: list[Prefetched]) -> list[Any]:
+def _equation(eqn: Any, given: list[Any], platform: str, found: list[Prefetched], calls: int) -> list[Any]:
     name, params = eqn.primitive.name, eqn.params
     unknown = [None] * len(eqn.outvars)
     if name == "pallas_call":
@@ -61,17 +70,22 @@ def _equation(eqn: Any, given: list[Any], platform: str, found: list[Prefetched]
         first = mapping.num_dynamic_grid_bounds
         scalars = given[first : first + mapping.num_index_operands]
         label = str(params.get("name") or params["name_and_src_info"]).split(" ")[0]
-        found.append(Prefetched(label, tuple(None if x is None else np.asarray(x) for x in scalars)))
+        found.append(Prefetched(label, tuple(None if x is None else np.asarray(x) for x in scalars), calls))
         return unknown
     if name == "cond":
         for branch, platforms in zip(params["branches"], params.get("branches_platforms") or (), strict=False):
             if platforms is None or platform in platforms:
-                return _walk(branch.jaxpr, branch.consts, given[1:], platform, found)
+                return _walk(branch.jaxpr, branch.consts, given[1:], platform, found, calls)
     inner = params.get("call_jaxpr") or params.get("jaxpr")
     if inner is not None:
         plain, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-        same = name not in ("scan", "while", "shard_map") and len(plain.invars) == len(given)
-        made = _walk(plain, consts, given if same else [None] * len(plain.invars), platform, found)
+        if name == "scan":  # the same constants in each turn
+            fixed = params["num_consts"]
+            given = [x if i < fixed else None for i, x in enumerate(given)]
+            _walk(plain, consts, given, platform, found, calls * params["length"])
+            return unknown
+        same = name not in ("while", "shard_map") and len(plain.invars) == len(given)
+        made = _walk(plain, consts, given if same else [None] * len(plain.invars), platform, found, calls)
         return made if same and len(made) == len(unknown) else unknown
     sizes = [var.aval.size for var in (*eqn.invars, *eqn.outvars) if hasattr(var.aval, "size")]
     if any(x is None for x in given) or eqn.effects or max(sizes, default=0) > SMALL:

@@ -92,6 +92,19 @@ class Count:
     slots: Mapping[str, int]
     regions: tuple[Region, ...]
 
+    def times(self, calls: int) -> Count:
+        """What so many equal runs take."""
+
+        def more(slots: Mapping[str, int]) -> dict[str, int]:
+            return {unit: used * calls for unit, used in slots.items()}
+
+        regions = tuple(
+            dataclasses.replace(r, executions=r.executions * calls, slots=more(r.slots)) for r in self.regions
+        )
+        moved = None if self.hbm_bytes is None else self.hbm_bytes * calls
+        numbers = {name: getattr(self, name) * calls for name in ("cycles", "turns", "skipped_turns", "skipped_cycles")}
+        return dataclasses.replace(self, **numbers, hbm_bytes=moved, slots=more(self.slots), regions=regions)
+
 
 def dump_flags(folder: pathlib.Path) -> str:
     """For ``LIBTPU_INIT_ARGS``, which libtpu reads once in a process."""

@@ -92,7 +92,8 @@ def segmented_attention(
     if segments.top is None:
         return attend(q_BTNH, k_BTKH, v_BTKU, documents, None, segments, scale, implementation)
     documents = jnp.ones((B, T), jnp.int32) if documents is None else documents
-    behind = Tails(*(tails(x, segments) for x in (k_BTKH, v_BTKU, documents)), before=jnp.int32(0))
+    k_BJwKH, v_BJwKU, ids_BJw = (tails(x, segments) for x in (k_BTKH, v_BTKU, documents))
+    behind = Tails(k_BJwKH, v_BJwKU, ids_BJw, before=jnp.int32(0))
     return attend(q_BTNH, k_BTKH, v_BTKU, documents, behind, segments, scale, implementation)
 
 

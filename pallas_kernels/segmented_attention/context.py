@@ -64,6 +64,6 @@ def context_parallel_attention(
         behind, local = None, dataclasses.replace(local, top=None)
     else:
         closed = (tails(x, local)[:, :per_device] for x in (k_BtKH, v_BtKU, ids_Bt))
-        gathered = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in closed)
-        behind = Tails(*gathered, before=jax.lax.axis_index(axis) * per_device)
+        k_BJwKH, v_BJwKU, ids_BJw = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in closed)
+        behind = Tails(k_BJwKH, v_BJwKU, ids_BJw, before=jax.lax.axis_index(axis) * per_device)
     return attend(q_BtNH, k_BtKH, v_BtKU, ids_Bt, behind, local, scale, implementation)[:, shift:]

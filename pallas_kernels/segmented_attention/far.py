@@ -55,10 +55,11 @@ def from_heads(x_BKTG: Array) -> Array:
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def merged(out: Array, log: Array, more: Array, more_log: Array) -> tuple[Array, Array]:
-    """One softmax out of two over different keys."""
+def merged(some: tuple[Array, Array], more: tuple[Array, Array]) -> tuple[Array, Array]:
+    """One softmax out of two over different keys, each given by its output and the logarithm of its sum."""
+    (out, log), (more_out, more_log) = some, more
     both = jnp.logaddexp(log, more_log)
-    return out * jnp.exp(log - both)[..., None] + more * jnp.exp(more_log - both)[..., None], both
+    return out * jnp.exp(log - both)[..., None] + more_out * jnp.exp(more_log - both)[..., None], both
 
 
 # ---------------------------------------------------------------- chosen segments
@@ -80,7 +81,8 @@ def add_chosen(
         def merge(x, carry):
             row_BKt = jnp.moveaxis(rows.row_BTKX[..., x], 2, 1)
             more, more_log = (_take(f, row_BKt) for f in found)
-            return merged(*carry, more, jnp.where((row_BKt >= 0)[..., None], more_log, -jnp.inf))
+            more_log = jnp.where((row_BKt >= 0)[..., None], more_log, -jnp.inf)
+            return merged(carry, (more, more_log))
 
         return None, jax.lax.fori_loop(0, chosen_BKtX.shape[-1], merge, (out_BKtGU.astype(jnp.float32), log_BKtG))
 
@@ -118,8 +120,8 @@ def chosen_gradients(
 
     by_position = tuple(spans.cut(by_head(x, K)) for x in (q_BTNH, log_BTN, along_BTN, dout_BTNU))
     sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in tails.by_head()[:2])
-    sums, dq = jax.lax.scan(one, sums, (*spans.choices(q_BTNH, ids_BT, tails, segments), *by_position))
-    return spans.whole(dq), *(jnp.moveaxis(x, 1, 3) for x in sums)
+    (dk, dv), dq = jax.lax.scan(one, sums, (*spans.choices(q_BTNH, ids_BT, tails, segments), *by_position))
+    return spans.whole(dq), jnp.moveaxis(dk, 1, 3), jnp.moveaxis(dv, 1, 3)
 
 
 def _rows(chosen_BKtX: Array, tails: Tails) -> Rows:
@@ -174,7 +176,7 @@ def add_before(
     chunks = _Chunks(q_BTNH, ids_BT, tails)
 
     def one(c, carry):
-        return merged(*carry, *run("forward_rows", *chunks.rows(q_BTNH), chunks.everywhere(c), *chunks.tails))
+        return merged(carry, run("forward_rows", *chunks.rows(q_BTNH), chunks.everywhere(c), *chunks.tails))
 
     start = (chunks.by_row(out_BTNU).astype(jnp.float32), chunks.by_row(log_BTN))
     out, log = jax.lax.fori_loop(0, chunks.used, one, start)

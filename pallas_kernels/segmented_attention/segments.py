@@ -50,12 +50,14 @@ class Segments:
 
     def visible_pairs(self, length: int) -> int:
         """(query, key) pairs of one document of ``length`` positions; with ``top``, at most that many."""
-        pairs, start, tails = 0, 0, []
+        pairs, start, behind = 0, 0, 0
+        tails: list[int] = []
         for segment in range(self.count(length)):
             end = min((segment + 1) * self.size - self.shift, length)
             rows = end - start
-            kept = sum(tails) if self.top is None else sum(tails[:1] + tails[1:][-(self.top + 1) :])
+            kept = behind if self.top is None else sum(tails[:1] + tails[1:][-(self.top + 1) :])
             pairs += rows * (rows + 1) // 2 + rows * kept
             tails.append(min(self.window, rows))
+            behind += tails[-1]
             start = end
         return pairs

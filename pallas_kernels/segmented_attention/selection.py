@@ -73,11 +73,13 @@ def choose_among(
     mean_BJKH = jnp.einsum("BJw,BJwKH->BJKH", counts, k_BJwKH) / jnp.maximum(counts.sum(-1), 1)[..., None, None]
     mean_BTKH = jax.lax.stop_gradient(q_BTNH).reshape(B, T, K, N // K, H).astype(jnp.float32).mean(axis=3)
 
+    top = segments.top
+
     def best(some: tuple[Array, Array, Array]) -> Array:
         mean_BtKH, ids_Bt, position_t = some
         own_1t = before + segments.of(position_t)[None]
         there_BtJ = (last_BJ[:, None] == ids_Bt[..., None]) & (ids_Bt > 0)[..., None]
-        return best_segments(mean_BtKH, mean_BJKH, there_BtJ, own_1t, segments.top)
+        return best_segments(mean_BtKH, mean_BJKH, there_BtJ, own_1t, top)
 
     positions_T = jnp.arange(T)
     if T <= QUERIES_AT_A_TIME:
