@@ -365,10 +365,11 @@ def test_shifts_go_around() -> None:
     assert shifts(Segmented(8, 2)) == [0, 2]
     assert shifts(Segmented(8, 2, "cycle")) == [0, 2, 4, 6]
     assert shifts(Segmented(8, 8, "cycle")) == shifts(Segmented(8, 0, "cycle"))[:1] == [0]
-    assert shifts(Segmented(10, 3, "cycle")) == [0, 3, 6]
+    assert shifts(Segmented(10, 3, "cycle")) == [0, 3, 6, 9]
     t, j = jnp.arange(64)[:, None], jnp.arange(64)
-    together = functools.reduce(jnp.logical_or, [sees(cut, t, j) for cut in Segmented(8, 2, "cycle").layers()])
-    assert bool((together == (j <= t)).all())
+    for cycle in (Segmented(8, 2, "cycle"), Segmented(10, 3, "cycle"), Segmented(7, shift="cycle")):
+        together = functools.reduce(jnp.logical_or, [sees(cut, t, j) for cut in cycle.layers()])
+        assert bool((together == (j <= t)).all())
 
 
 def test_overrides_reach_it() -> None:

@@ -289,10 +289,22 @@ def test_as_many_top_segments_as_there_are_is_all(implementation: str) -> None:
     assert np.abs(out(2) - out(None)).max() > 1e-2
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
-def test_an_empty_sequence_gives_an_empty_output(implementation: str) -> None:
-    case = dataclasses.replace(PLAIN, T=0)
-    assert case.call(implementation)(*case.inputs()[:3]).shape == (1, 0, 4, 8)
+@pytest.mark.parametrize("changes", [{"B": 0}, {"T": 0}, {"G": 0}, {"U": 0}, {"B": 0, "top_segments": 0}], ids=str)
+@pytest.mark.parametrize("implementation", [None, "reference", "xla", "tpu", "gpu"])
+def test_of_nothing_comes_nothing(implementation: str | None, changes: dict) -> None:
+    case = dataclasses.replace(PLAIN, **changes)
+    q, k, v, _ = case.inputs()
+    assert case.call(implementation)(q, k, v).shape == (*q.shape[:3], case.U)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "tpu"])
+@pytest.mark.parametrize("of", [0, 1, 2], ids="qkv")
+def test_a_second_derivative_is_refused(implementation: str | None, of: int) -> None:
+    *arrays, _ = PLAIN.inputs()
+    call = PLAIN.call(implementation)
+    slope = jax.grad(lambda *arrays: jnp.sum(jnp.sin(call(*arrays))), of)
+    with pytest.raises(NotImplementedError, match="has a first derivative in reverse mode, and no other"):
+        jax.grad(lambda *arrays: jnp.sum(slope(*arrays) ** 2), of)(*arrays)
 
 
 # ---------------------------------------------------------------- the mask, and what is counted of it
@@ -407,7 +419,7 @@ def test_what_is_out_of_range_is_said(changes: dict, said: str) -> None:
         plain(q, k, v, **{"segment_size": 8, **changes})
 
 
-@pytest.mark.parametrize("wrong", ["batch", "length", "heads", "width", "documents"])
+@pytest.mark.parametrize("wrong", ["batch", "length", "heads", "width", "documents", "no rows", "one document"])
 @pytest.mark.parametrize("implementation", [None, "reference"])
 def test_shapes_that_do_not_go_together_are_said(implementation: str | None, wrong: str) -> None:
     q, k, v, _ = Case(T=20, segment_size=8, B=2, K=2).inputs()
@@ -417,17 +429,38 @@ def test_shapes_that_do_not_go_together_are_said(implementation: str | None, wro
         "heads": (q, k, v[:, :, :1], None),
         "width": (q, k[..., :4], v, None),
         "documents": (q, k, v, jnp.ones((1, 20), jnp.int32)),
+        "no rows": (q[0], k[0], v[0], None),
+        "one document": (q, k, v, jnp.ones(20, jnp.int32)),
     }
     *arrays, documents = changed[wrong]
     plain = getattr(segmented_attention, "__wrapped__", segmented_attention)  # as above
-    with pytest.raises(ValueError, match="do not go together"):
+    with pytest.raises(ValueError, match=r"do not go together|have 4 dimensions"):
         plain(*arrays, segment_size=8, documents=documents, implementation=implementation)
+
+
+def test_documents_that_are_not_whole_numbers_are_said() -> None:
+    q, k, v, _ = Case(T=20, segment_size=8).inputs()
+    plain = getattr(segmented_attention, "__wrapped__", segmented_attention)  # as above
+    with pytest.raises(ValueError, match="documents are float32; they must be whole numbers"):
+        plain(q, k, v, segment_size=8, documents=jnp.ones((1, 20)))
 
 
 def test_heads_that_do_not_divide_are_said() -> None:
     q, k, v, _ = Case(T=20, segment_size=8, K=3).inputs()
     with pytest.raises(ValueError, match="q has 2 heads, k and v 3"):
         segmented_attention(q[:, :, :2], k, v, segment_size=8)
+    with pytest.raises(ValueError, match="q has 3 heads, k and v 0"):
+        segmented_attention(q, k[:, :, :0], v[:, :, :0], segment_size=8)
+
+
+def test_sizes_are_any_whole_numbers() -> None:
+    q, k, v, _ = Case(T=20, segment_size=8).inputs()
+    sizes = {"segment_size": np.int64(8), "window": np.int32(3), "shift": np.int64(2), "top_segments": np.int64(0)}
+    plain = getattr(segmented_attention, "__wrapped__", segmented_attention)  # as above
+    for implementation in ("xla", "tpu"):
+        assert plain(q, k, v, **sizes, implementation=implementation).shape == q.shape
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        plain(q, k, v, segment_size=8.0)
 
 
 @pytest.mark.parametrize(("size", "window", "shift"), [(0, 0, 0), (8, 9, 0), (8, 4, 8), (8, 4, -1)])

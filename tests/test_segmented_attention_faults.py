@@ -56,8 +56,8 @@ SHARED = (
     Fault(
         "a shift that is ignored",
         "attend.py",
-        "shift % max(segment_size, 1), top_segments",
-        "0, top_segments",
+        "operator.index(shift) % max(W, 1), top)",
+        "0, top)",
         "no multiples",
     ),
     Fault(

@@ -47,7 +47,7 @@ class Segmented:
         window: the last positions of a segment, w, which later segments see, too; none: half of it.
         shift: positions by which the cuts are moved towards the start. ``alternate``: by none in the even layers of the
             model, by w in the odd ones, so that with half a segment two layers see every position between them;
-            ``cycle``: by w more in each layer, so that W / w layers do. With half a segment that is the same.
+            ``cycle``: by w more in each layer, so that W / w layers do, rounded up. With w = W / 2 that is the same.
         top_segments: of the earlier segments a position looks at the first, the previous and this many best ones; none:
             at all.
     """
@@ -70,7 +70,7 @@ class Segmented:
         if isinstance(self.shift, int):
             shifts = [self.shift]
         else:
-            turns = 2 if self.shift == "alternate" else max(W // max(w, 1), 1)
+            turns = 2 if self.shift == "alternate" else -(-W // max(w, 1))
             shifts = sorted({n * w % W for n in range(turns)})
         return tuple(Segments(W, w, shift, self.top_segments) for shift in shifts)
 

@@ -25,6 +25,7 @@ _BRACKET = re.compile(r"[][(){}]|" + _STRING)
 _BRACKET_OR_COMMA = re.compile(r"[][(){},]|" + _STRING)
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) ?.*\{")
+_METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)  # of a kernel: over several lines
 _ASSIGNMENT = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -154,18 +155,13 @@ class Module:
         return self._lengths[key]
 
 
-# What a kernel says of itself may go over several lines.
-_METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)
-
-
 def parse(text: str) -> Module:
     """Reads the text of one compiled program. Raises ValueError where it is not one."""
     computations: dict[str, Computation] = {}
     entry = ""
     name = ""
     lines: list[tuple[int, str]] | None = None  # of the computation that is being read
-    text = _METADATA.sub("kernel_metadata={}", text)
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_METADATA.sub("kernel_metadata={}", text).splitlines(), 1):
         if lines is None:
             header = _HEADER.fullmatch(line.rstrip())
             if header and not line.startswith("HloModule"):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from types import ModuleType
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ def segmented_attention(
     """softmax(scale q k) v over a query's own segment (causal) and the last positions of each earlier segment.
 
     Position t of a row lies in segment ``(t + shift) // segment_size``; see :class:`Segments`. Differentiable in q, k
-    and v. Cost and memory: docs/segmented_attention.md.
+    and v, once. Within `jax.shard_map` with `check_vma=False`. Cost and memory: docs/segmented_attention.md.
 
     Args:
         q_BTNH: queries; heads n = k * (N / K) + g share key/value head k.
@@ -71,30 +72,41 @@ def segmented_attention(
     Raises:
         ValueError: sizes out of range, shapes that do not go together, or a kernel that can not do what is asked.
     """
-    (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
-    if N % K:
-        raise ValueError(f"q has {N} heads, k and v {K}; the latter must divide the former")
-    shapes = [x.shape for x in (q_BTNH, k_BTKH, v_BTKU)] + ([] if documents is None else [documents.shape])
-    if shapes[1:] != [(B, T, K, H), (B, T, K, v_BTKU.shape[-1]), (B, T)][: len(shapes) - 1]:
-        raise ValueError(f"shapes do not go together: q, k, v and documents are {', '.join(map(str, shapes))}")
-    window = segment_size // 2 if window is None else window
-    segments = Segments(segment_size, window, shift % max(segment_size, 1), top_segments)
+    B, T, N, H, U = _sizes(q_BTNH, k_BTKH, v_BTKU, documents)
+    W, window = operator.index(segment_size), operator.index(segment_size // 2 if window is None else window)
+    top = None if top_segments is None else operator.index(top_segments)
+    segments = Segments(W, window, operator.index(shift) % max(W, 1), top)
     scale = H**-0.5 if scale is None else float(scale)
+    if implementation not in (None, "reference", "xla", "tpu", "gpu"):
+        raise ValueError(f"implementation is {implementation!r}; it is None, 'reference', 'xla', 'tpu' or 'gpu'")
+    if 0 in (B, T, N, U):
+        return jnp.zeros((B, T, N, U), q_BTNH.dtype)
     if implementation == "reference":
         ids_BT = jnp.ones((B, T), jnp.int32) if documents is None else documents
         return segmented_attention_reference(q_BTNH, k_BTKH, v_BTKU, ids_BT, segments, scale)
-    if implementation not in (None, "xla", "tpu", "gpu"):
-        raise ValueError(f"implementation is {implementation!r}; it is None, 'reference', 'xla', 'tpu' or 'gpu'")
     if segments.top is not None and (window == 0 or segments.top + 2 >= segments.count(T) - 1):
         segments = dataclasses.replace(segments, top=None)  # that is all of them
-    if T == 0:
-        return jnp.zeros((B, T, N, v_BTKU.shape[-1]), q_BTNH.dtype)
     if segments.top is None:
         return attend(q_BTNH, k_BTKH, v_BTKU, documents, None, segments, scale, implementation)
     documents = jnp.ones((B, T), jnp.int32) if documents is None else documents
     k_BJwKH, v_BJwKU, ids_BJw = (tails(x, segments) for x in (k_BTKH, v_BTKU, documents))
     behind = Tails(k_BJwKH, v_BJwKU, ids_BJw, before=jnp.int32(0))
     return attend(q_BTNH, k_BTKH, v_BTKU, documents, behind, segments, scale, implementation)
+
+
+def _sizes(q_BTNH: Array, k_BTKH: Array, v_BTKU: Array, documents: Array | None) -> tuple[int, int, int, int, int]:
+    """B, T, N, H and U of arrays that go together; else ValueError."""
+    shapes = [x.shape for x in (q_BTNH, k_BTKH, v_BTKU)] + ([] if documents is None else [documents.shape])
+    if [len(shape) for shape in shapes] != [4, 4, 4, 2][: len(shapes)]:
+        raise ValueError(f"q, k and v have 4 dimensions, documents 2; their shapes are {', '.join(map(str, shapes))}")
+    (B, T, N, H), K, U = shapes[0], shapes[1][2], shapes[2][3]
+    if shapes[1:] != [(B, T, K, H), (B, T, K, U), (B, T)][: len(shapes) - 1]:
+        raise ValueError(f"shapes do not go together: q, k, v and documents are {', '.join(map(str, shapes))}")
+    if H == 0 or K == 0 or N % K:
+        raise ValueError(f"q has {N} heads, k and v {K}, of width {H}; the second must divide the first, and none be 0")
+    if documents is not None and not jnp.issubdtype(documents.dtype, jnp.integer) and documents.dtype != bool:
+        raise ValueError(f"documents are {documents.dtype}; they must be whole numbers")
+    return B, T, N, H, U
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -117,7 +129,19 @@ def _own(segments: Segments) -> Segments:
     return segments if segments.top is None else dataclasses.replace(segments, window=0, top=None)
 
 
+@jax.custom_jvp
+def _once(*arrays):
+    """The same; what is differentiated again says that it can not be, where kernels and loops would not say why."""
+    return arrays
+
+
+@_once.defjvp
+def _once_more(arrays, tangents):
+    raise NotImplementedError("segmented_attention has a first derivative in reverse mode, and no other")
+
+
 def _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, tails, segments, scale, implementation):
+    q_BTNH, k_BTKH, v_BTKU = _once(q_BTNH, k_BTKH, v_BTKU)
     run = functools.partial(_run, implementation, scale=scale)
     out_BTNU, log_BTN = run("forward", q_BTNH, k_BTKH, v_BTKU, ids_BT, segments=_own(segments))
     if tails is not None:

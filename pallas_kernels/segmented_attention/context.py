@@ -31,7 +31,7 @@ def context_parallel_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B t N U"]:
-    """:func:`segmented_attention` over rows cut along a mesh axis; to be called within `jax.shard_map`.
+    """:func:`segmented_attention` over rows cut along a mesh axis; for `jax.shard_map` with `check_vma=False`.
 
     Args:
         q_BtNH, k_BtKH, v_BtKU: this device's positions, T / devices of them; the devices' parts follow each other.
