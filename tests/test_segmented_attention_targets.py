@@ -13,6 +13,7 @@ from attention_cases import Case
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.plan.chips import parse_topology, topology_options
+from pallas_kernels.segmented_attention import Segments, context_parallel_attention
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -72,6 +73,29 @@ def test_the_kernels_compile(chip: str, name: str) -> None:
         assert f"segmented_attention_{kernel}" in text
     # Choosing is a product of XLA's, which a TPU calls a convolution; nothing else is left to it.
     assert bool(re.search(r"\b(dot|convolution)\(", text)) == (case.top_segments is not None)
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:4x4x4"])
+def test_rows_cut_over_chips_compile(topology: str) -> None:
+    """With the kernels, on all chips of a slice."""
+    from jax.experimental import topologies
+
+    devices = np.array(topologies.get_topology_desc(**topology_options(parse_topology(topology))).devices)
+    mesh, cut = Mesh(devices, ("context",)), PartitionSpec(None, "context")
+
+    def attend(q, k, v):
+        return context_parallel_attention(q, k, v, axis="context", segments=Segments(512, 256, 256))
+
+    def gradients(q, k, v):
+        whole = jax.shard_map(attend, mesh=mesh, in_specs=(cut,) * 3, out_specs=cut, check_vma=False)
+        return jax.grad(lambda *x: whole(*x).astype(np.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    x = jax.ShapeDtypeStruct((1, 1024 * devices.size, 2, 128), "bfloat16", sharding=NamedSharding(mesh, cut))
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradients).lower(x, x, x).compile().as_text()
+    assert "segmented_attention_backward_own" in text
+    assert "all-gather" in text or "all-reduce" in text  # what few bytes are gathered by is the compiler's choice
+    assert "collective-permute" in text
 
 
 @pytest.mark.parametrize("name", ["64 wide, documents", "top 1, documents"])
