@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.cost import useful_flops
 from pallas_kernels.segmented_attention.attend import Implementation, attend
-from pallas_kernels.segmented_attention.far import Tails
+from pallas_kernels.segmented_attention.far import Tails, pairs_before
 from pallas_kernels.segmented_attention.segments import Segments
 from pallas_kernels.segmented_attention.selection import tails
 
@@ -66,4 +67,10 @@ def context_parallel_attention(
         closed = (tails(x, local)[:, :per_device] for x in (k_BtKH, v_BtKU, ids_Bt))
         k_BJwKH, v_BJwKU, ids_BJw = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in closed)
         behind = Tails(k_BJwKH, v_BJwKU, ids_BJw, before=jax.lax.axis_index(axis) * per_device)
-    return attend(q_BtNH, k_BtKH, v_BtKU, ids_Bt, behind, local, scale, implementation)[:, shift:]
+    # A backend counts all that a device computes: also for the positions before its first segment, and chunks skipped.
+    computed = local.visible_pairs(shift + t)
+    if behind is not None and local.top is None:
+        computed += pairs_before(shift + t, num_devices * per_device, local.window)
+    with useful_flops(min(segments.visible_pairs(num_devices * t) / num_devices / computed, 1)):
+        out_BtNU = attend(q_BtNH, k_BtKH, v_BtKU, ids_Bt, behind, local, scale, implementation)
+    return out_BtNU[:, shift:]

@@ -179,7 +179,7 @@ def add_before(
         return merged(carry, run("forward_rows", *chunks.rows(q_BTNH), chunks.everywhere(c), *chunks.tails))
 
     start = (chunks.by_row(out_BTNU).astype(jnp.float32), chunks.by_row(log_BTN))
-    out, log = jax.lax.fori_loop(0, chunks.used, one, start)
+    out, log = chunks.over_used(one, start)
     return chunks.from_rows(out).astype(out_BTNU.dtype), chunks.from_rows(log)
 
 
@@ -195,8 +195,15 @@ def gradients_before(
         return jax.tree.map(jnp.add, sums, run("backward_rows", *given))
 
     like = (chunks.rows(q_BTNH)[0], *chunks.tails[:2])
-    dq, dk, dv = jax.lax.fori_loop(0, chunks.used, one, tuple(jnp.zeros(x.shape, jnp.float32) for x in like))
+    dq, dk, dv = chunks.over_used(one, tuple(jnp.zeros(x.shape, jnp.float32) for x in like))
     return chunks.from_rows(dq), chunks.uncut(dk), chunks.uncut(dv)
+
+
+def pairs_before(length: int, num_segments: int, window: int) -> int:
+    """(row, key) pairs that :func:`add_before` may go through."""
+    per_chunk = min(max(KEYS_IN_A_CHUNK // window, 1), num_segments)
+    keys = -(-num_segments // per_chunk) * per_chunk * window
+    return -(-length // ROWS_IN_A_BLOCK) * ROWS_IN_A_BLOCK * keys
 
 
 class _Chunks:
@@ -211,6 +218,14 @@ class _Chunks:
         ids_BJw = jnp.where((jnp.arange(J) < tails.before)[:, None], ids_BJw, 0)  # what follows is not before the row
         self.tails = (self._cut(k_BKJwH), self._cut(v_BKJwU), self._cut(ids_BJw[:, None])[:, 0])
         self.ids = _lengthened(jnp.broadcast_to(ids_BT[:, None], (B, self.K, self.T)), self.num_rows)
+
+    def over_used(self, one: Callable, start: Any) -> Any:
+        """``one(chunk, carry)`` over the chunks that hold something; how many there can be is known to the program."""
+
+        def some(c: Array, carry: Any) -> Any:
+            return jax.lax.cond(c < self.used, one, lambda c, carry: carry, c, carry)
+
+        return jax.lax.fori_loop(0, self.tails[0].shape[2], some, start)
 
     def _cut(self, x_BKJw: Array) -> Array:
         x = _lengthened(x_BKJw, -(-self.J // self.per_chunk) * self.per_chunk)
