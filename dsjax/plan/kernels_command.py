@@ -8,11 +8,6 @@ import hashlib
 import importlib.util
 import json
 import pathlib
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +19,7 @@ from dsjax.metrics import write_atomic
 from dsjax.plan.command import Say, progress
 from dsjax.plan.kernels import Case, module_of, topology_of
 from dsjax.plan.measure import versions
-from dsjax.plan.process import ROOT, environment
+from dsjax.plan.process import ROOT, answer_of
 from dsjax.plan.report import size_of
 from dsjax.runs import cache_dir
 
@@ -235,45 +230,9 @@ def fingerprint(case: Case) -> str:
 
 
 def _run(case: Case, text: str, say: Say) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="dsjax-kernels-") as folder:
-        question, answer = pathlib.Path(folder, "case.json"), pathlib.Path(folder, "result.json")
-        question.write_text(text, encoding="utf-8")
-        command = [sys.executable, *COMMAND, str(question), str(answer)]
-        process = subprocess.Popen(
-            command,
-            env=environment(topology_of(case.chip)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        assert process.stderr is not None
-        lines: list[str] = []
-        reader = threading.Thread(target=_listen, args=(process.stderr, lines, say), daemon=True)
-        reader.start()
-        try:
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            reader.join(5)
-            process.stderr.close()
-        if code == 0 and answer.exists():
-            return json.loads(answer.read_text(encoding="utf-8"))
-    last = next((line for line in reversed(lines) if line and not line.startswith(" ")), "it said nothing")[:300]
-    if code < 0:
-        raise UserError(f"the compiler died ({signal.Signals(-code).name}) over {case}; it said: {last}")
+    found, died, last = answer_of(COMMAND, text, topology_of(case.chip), say)
+    if found is not None:
+        return found
+    if died:
+        raise UserError(f"the compiler died ({died}) over {case}; it said: {last}")
     raise UserError(f"{case} can not be compiled for {case.chip}: {last}")
-
-
-def _listen(stream: Any, lines: list[str], say: Say) -> None:
-    with contextlib.suppress(ValueError):  # closed
-        for line in stream:
-            text = line.rstrip()
-            if text.startswith("phase: "):
-                say(text.removeprefix("phase: "))
-            elif text:
-                lines.append(text)
-                del lines[:-200]

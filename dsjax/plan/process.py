@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsjax.config import UserError, validate
@@ -86,12 +86,32 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def _run(job: str, topology: Topology, say: Callable[[str], None]) -> dict[str, Any]:
+    found, died, last = answer_of(COMMAND, job, topology, say)
+    if found is not None:
+        return found
+    if died:
+        raise UserError(f"the compiler for {topology} died ({died}); it said: {last}")
+    raise UserError(f"the step can not be compiled for {topology}: {last}")
+
+
+def answer_of(
+    command: Sequence[str], question: str, topology: Topology, say: Callable[[str], None]
+) -> tuple[dict[str, Any] | None, str, str]:
+    """Python run with ``command`` and two files: one holds the question, into the other it writes its answer as JSON.
+
+    Returns:
+        The answer, or None; then the signal that ended the process, if one did, and the last that it said.
+    """
     with tempfile.TemporaryDirectory(prefix="dsjax-plan-") as folder:
-        question, answer = pathlib.Path(folder, "job.json"), pathlib.Path(folder, "result.json")
-        question.write_text(job)
-        command = [sys.executable, *COMMAND, str(question), str(answer)]
+        asked, answer = pathlib.Path(folder, "question.json"), pathlib.Path(folder, "answer.json")
+        asked.write_text(question, encoding="utf-8")
         process = subprocess.Popen(
-            command, env=environment(topology), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [sys.executable, *command, str(asked), str(answer)],
+            env=environment(topology),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
         assert process.stderr is not None
         lines: list[str] = []
@@ -107,11 +127,9 @@ def _run(job: str, topology: Topology, say: Callable[[str], None]) -> dict[str, 
             reader.join(5)
             process.stderr.close()
         if code == 0 and answer.exists():
-            return json.loads(answer.read_text())
+            return json.loads(answer.read_text(encoding="utf-8")), "", ""
     last = next((line for line in reversed(lines) if line and not line.startswith(" ")), "it said nothing")[:300]
-    if code < 0:
-        raise UserError(f"the compiler for {topology} died ({signal.Signals(-code).name}); it said: {last}")
-    raise UserError(f"the step can not be compiled for {topology}: {last}")
+    return None, signal.Signals(-code).name if code < 0 else "", last
 
 
 def _listen(stream: Any, lines: list[str], say: Callable[[str], None]) -> None:

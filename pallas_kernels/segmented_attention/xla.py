@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cost import useful_flops
+from pallas_kernels.segmented_attention.far import by_head, from_heads
 from pallas_kernels.segmented_attention.segments import Segments
 from pallas_kernels.segmented_attention.selection import tails
 
@@ -68,9 +69,9 @@ def forward(
         out, log = _attend(blocks.visits(tiles), tiles, scale, blocks.of_queries(q_TGH), k_JSH, v_JSU)
         return blocks.from_queries(out).astype(q_TGH.dtype), blocks.from_queries(log)
 
-    arrays = (_by_head(x, k_BTKH.shape[2]) for x in (q_BTNH, k_BTKH, v_BTKU))
+    arrays = (by_head(x, k_BTKH.shape[2]) for x in (q_BTNH, k_BTKH, v_BTKU))
     out, log = _each_head(one, tiles, ids_BT, *arrays)
-    return _from_heads(out), _from_heads(log)
+    return from_heads(out), from_heads(log)
 
 
 def backward(
@@ -99,9 +100,9 @@ def backward(
 
     along_BTN = jnp.sum(dout_BTNU.astype(jnp.float32) * out_BTNU.astype(jnp.float32), axis=-1)
     by_position = (q_BTNH, log_BTN, along_BTN, dout_BTNU, k_BTKH, v_BTKU)
-    arrays = (_by_head(x, k_BTKH.shape[2]) for x in by_position)
+    arrays = (by_head(x, k_BTKH.shape[2]) for x in by_position)
     dq, dk, dv = _each_head(one, tiles, ids_BT, *arrays)
-    return _from_heads(dq), _from_heads(dk), _from_heads(dv)
+    return from_heads(dq), from_heads(dk), from_heads(dv)
 
 
 def forward_rows(
@@ -153,18 +154,6 @@ def backward_rows(
 
     by_row = (ids_BKR, segment_BKI, q_BKRGH, log_BKRG, along_BKRG, dout_BKRGU)
     return _each_head(one, tiles, ids_BJw, *by_row, k_BKJwH, v_BKJwU)
-
-
-def _by_head(x_BTNH: Array, K: int) -> Array:
-    """(B, T, K * G, ...) -> (B, K, T, G, ...)."""
-    B, T, N = x_BTNH.shape[:3]
-    return jnp.moveaxis(x_BTNH.reshape(B, T, K, N // K, *x_BTNH.shape[3:]), 2, 1)
-
-
-def _from_heads(x_BKTG: Array) -> Array:
-    """The reverse of :func:`_by_head`."""
-    x = jnp.moveaxis(x_BKTG, 1, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _each_head(f: Callable, tiles: Tiles | None, ids_B: Array | None, *arrays_BK: Array) -> Any:
