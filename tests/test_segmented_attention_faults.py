@@ -27,6 +27,14 @@ class Fault:
 
 SHARED = (
     Fault(
+        "heads go to the wrong key/value head",
+        "far.py",
+        "jnp.moveaxis(x_BTNH.reshape(B, T, K, N // K, *x_BTNH.shape[3:]), 2, 1)",
+        "jnp.moveaxis(x_BTNH.reshape(B, T, N // K, K, *x_BTNH.shape[3:]), 3, 1)",
+        "groups of heads",
+        "xla, small",
+    ),
+    Fault(
         "segments cut the wrong way by a shift",
         "segments.py",
         "return (position + self.shift) // self.size",
@@ -250,12 +258,6 @@ XLA = tuple(
             "(p_SR * (dp_SR - _block(along_QR, query)))",
             "(p_SR * dp_SR)",
             "no multiples",
-        ),
-        (
-            "heads go to the wrong key/value head",
-            "jnp.moveaxis(x_BTNH.reshape(B, T, K, N // K, *x_BTNH.shape[3:]), 2, 1)",
-            "jnp.moveaxis(x_BTNH.reshape(B, T, N // K, K, *x_BTNH.shape[3:]), 3, 1)",
-            "groups of heads",
         ),
     )
 )
