@@ -67,7 +67,7 @@ def test_gradients_of_dispatch_and_combine_are_those_of_plain_indexing() -> None
     np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["blocks", "ragged", None])
+@pytest.mark.parametrize("implementation", ["xla", None])
 @pytest.mark.parametrize("sizes", [(3, 4, 5), (0, 12, 0), (0, 0, 0), (1, 0, 6), (40, 1, 9)])
 def test_grouped_swiglu_is_the_reference(implementation: str | None, sizes: tuple[int, ...]) -> None:
     R, E = sum(sizes) + 3, len(sizes)  # three rows belong to no group
@@ -93,7 +93,7 @@ def moe(cfg: MoEConfig) -> MoE:
     return MoE(cfg, D, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("implementation", [None, "reference", "blocks", "ragged"])
+@pytest.mark.parametrize("implementation", [None, "reference", "xla"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_grouped_swiglu_of_one_layer_of_a_stack(implementation: str | None, layer: int) -> None:
     rng = np.random.default_rng(layer)

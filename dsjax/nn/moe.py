@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from dsjax.nn.expert_parallel import apply_experts
 from dsjax.nn.mlp import MLP
 from dsjax.nn.router import RouterStats, moved_bias, route
-from dsjax.sharding import buffer, current_mesh, map_shards, param
-from pallas_kernels.expert_dispatch import combine, dispatch, plan_dispatch
-from pallas_kernels.grouped_matmul import grouped_swiglu
+from dsjax.sharding import buffer, map_shards, param
+from pallas_kernels.expert_dispatch import Choice
+from pallas_kernels.expert_dispatch.plan import positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,19 @@ class MoE(nnx.Module):
         )
         weights_BTX = (weights_BTX * cfg.routed_scale).astype(x_BTD.dtype)
         tokens, stack = ("batch", "length", None), () if layer is None else ("layers",)
+
+        def routed(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD, layer=None):
+            (B, T, D), X = x_BTD.shape, experts_BTX.shape[-1]
+            experts_TX = experts_BTX.reshape(-1, X)
+            choice = Choice(experts_TX, None, *positions(experts_TX, cfg.num_experts))
+            rest = (weights_BTX.reshape(-1, X), w_gate_eDF, w_up_eDF, w_down_eFD)
+            return apply_experts(x_BTD.reshape(-1, D), choice, *rest, layer=layer)[0].reshape(B, T, D)
+
         up, down = (*stack, "expert", None, "mlp"), (*stack, "expert", "mlp", None)
         weights = (getattr(self, name)[...].astype(x_BTD.dtype) for name in self.EXPERTS)
         number = () if layer is None else (layer,)
         specs = (tokens, tokens, tokens, up, up, down, *((),) * len(number))
-        y_BTD = map_shards(apply_experts, specs, tokens)(x_BTD, experts_BTX, weights_BTX, *weights, *number)
+        y_BTD = map_shards(routed, specs, tokens)(x_BTD, experts_BTX, weights_BTX, *weights, *number)
         if cfg.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, stats
@@ -100,49 +108,3 @@ class MoE(nnx.Module):
         if not self.cfg.bias_update_rate:
             return {}
         return {"selection_bias": moved_bias(self.selection_bias[...], load_E, self.cfg.bias_update_rate)}
-
-
-def apply_experts(
-    x_BTD: Float[Array, "B T D"],
-    experts_BTX: Int[Array, "B T X"],
-    weights_BTX: Float[Array, "B T X"],
-    w_gate_eDF: Float[Array, "*layers e D F"],
-    w_up_eDF: Float[Array, "*layers e D F"],
-    w_down_eFD: Float[Array, "*layers e F D"],
-    layer: Int[Array, ""] | None = None,
-) -> Float[Array, "B T D"]:
-    """The routed experts' weighted outputs, on each device for its own experts ``e``.
-
-    Tokens of the devices along the expert axis are gathered, each device computes what its experts contribute to
-    all of them, and the sums go back to the tokens' owners. Where each of those devices has all tokens (a batch too
-    small to be cut), nothing is gathered, and the sums go to all.
-    """
-    current = current_mesh()
-    if current is not None:
-        rules = current[1]
-        cut = tuple(axis for axis in rules.expert if axis in rules.batch)
-        whole = tuple(axis for axis in rules.expert if axis not in rules.batch)
-        if cut:
-            x_BTD, experts_BTX, weights_BTX = (
-                jax.lax.all_gather(a, cut, axis=0, tiled=True) for a in (x_BTD, experts_BTX, weights_BTX)
-            )
-        experts_BTX = experts_BTX - jax.lax.axis_index(rules.expert) * w_gate_eDF.shape[-3]
-    y_BTD = _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD, layer)
-    if current is not None:
-        y_BTD = jax.lax.psum(y_BTD, (*rules.mlp, *whole))
-        if cut:
-            y_BTD = jax.lax.psum_scatter(y_BTD, cut, scatter_dimension=0, tiled=True)
-    return y_BTD
-
-
-def _local_experts(x_BTD, experts_BTX, weights_BTX, w_gate_eDF, w_up_eDF, w_down_eFD, layer):
-    """Sum over the pairs whose expert is one of ours, 0 <= expert < e."""
-    B, T, D = x_BTD.shape
-    X = experts_BTX.shape[-1]
-    with jax.named_scope("dispatch"):
-        plan = plan_dispatch(experts_BTX.reshape(-1, X), w_gate_eDF.shape[-3])
-        x_RD = dispatch(x_BTD.reshape(-1, D), plan)
-    with jax.named_scope("experts"):
-        y_RD = grouped_swiglu(x_RD, w_gate_eDF, w_up_eDF, w_down_eFD, plan.sizes_E, layer=layer)
-    with jax.named_scope("combine"):
-        return combine(y_RD, weights_BTX.reshape(-1, X), plan).reshape(B, T, D)

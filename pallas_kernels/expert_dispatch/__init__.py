@@ -1,6 +1,19 @@
-"""Moving tokens to the experts that they chose, sorted by expert, and their results back."""
+"""Choosing experts for tokens, moving tokens to those experts, sorted by expert, and their results back."""
 
-from pallas_kernels.expert_dispatch.reference import combine_reference, dispatch_reference
-from pallas_kernels.expert_dispatch.xla import Plan, combine, dispatch, plan_dispatch
+from pallas_kernels.expert_dispatch.move import combine, dispatch, sum_rows
+from pallas_kernels.expert_dispatch.plan import Plan, plan_dispatch
+from pallas_kernels.expert_dispatch.reference import combine_reference, dispatch_reference, top_k_reference
+from pallas_kernels.expert_dispatch.route import Choice, top_k_route
 
-__all__ = ["Plan", "combine", "combine_reference", "dispatch", "dispatch_reference", "plan_dispatch"]
+__all__ = [
+    "Choice",
+    "Plan",
+    "combine",
+    "combine_reference",
+    "dispatch",
+    "dispatch_reference",
+    "plan_dispatch",
+    "sum_rows",
+    "top_k_reference",
+    "top_k_route",
+]

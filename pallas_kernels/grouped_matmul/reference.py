@@ -7,6 +7,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def grouped_matmul_reference(
+    rows_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, E]
+) -> Float[Array, "R F"]:
+    """See :func:`pallas_kernels.grouped_matmul.grouped_matmul`."""
+    ends_E, row_R = jnp.cumsum(sizes_E), jnp.arange(rows_RD.shape[0])
+    y_RF = jnp.zeros((len(rows_RD), w_EDF.shape[-1]), rows_RD.dtype)
+    for e in range(len(w_EDF)):
+        inside_R = (row_R >= ends_E[e] - sizes_E[e]) & (row_R < ends_E[e])
+        y_RF = y_RF + jnp.where(inside_R[:, None], rows_RD @ w_EDF[e], 0)
+    return y_RF
+
+
 def grouped_swiglu_reference(
     x_RD: Float[Array, "R D"],
     w_gate_EDF: Float[Array, "E D F"],

@@ -7,44 +7,50 @@ in the cache.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-from pallas_kernels.outer import outer
+from pallas_kernels.outer import outer as product
 
-
-def grouped_swiglu_ragged(
-    x_RD: Float[Array, "R D"],
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
-    sizes_E: Int[Array, E],
-) -> Float[Array, "R D"]:
-    """See :func:`pallas_kernels.grouped_matmul.grouped_swiglu`."""
-    sizes_E = sizes_E.astype(jnp.int32)
-    gate_RF = jax.lax.ragged_dot(x_RD, w_gate_EDF, sizes_E)
-    up_RF = jax.lax.ragged_dot(x_RD, w_up_EDF, sizes_E)
-    return jax.lax.ragged_dot(jax.nn.silu(gate_RF) * up_RF, w_down_EFD, sizes_E)
+SPARE_ROWS = 128  # behind what is saved: the largest block
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def grouped_swiglu_blocks(
-    x_RD: Float[Array, "R D"],
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
-    sizes_E: Int[Array, E],
-    block: int = 0,
-) -> Float[Array, "R D"]:
-    """See :func:`pallas_kernels.grouped_matmul.grouped_swiglu`; ``block``: rows at a time, 0: about half a group."""
-    return _forward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, block)[0]
+def matmul(x_RD, w_GDF, scales_GF, sizes_E, first, *, transposed: bool):
+    """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
+    w_EDF = jax.lax.dynamic_slice_in_dim(w_GDF, first, len(sizes_E), axis=0)
+    if transposed:
+        w_EDF = jnp.swapaxes(w_EDF, 1, 2)
+    if scales_GF is not None:
+        scales_EF = jax.lax.dynamic_slice_in_dim(scales_GF, first, len(sizes_E), axis=0)
+        w_EDF = (w_EDF * scales_EF[:, None]).astype(x_RD.dtype)
+    return _until(jax.lax.ragged_dot(x_RD, w_EDF, sizes_E), 0, jnp.sum(sizes_E))
 
 
-def _block_rows(num_rows: int, num_groups: int, block: int) -> int:
-    return block or min(128, max(16, 1 << (num_rows // (2 * num_groups)).bit_length()))
+def outer(x_RD, dy_RF, sizes_E):
+    """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
+    ends_E, row_R = jnp.cumsum(sizes_E), jnp.arange(len(x_RD))
+    inside_ER = (row_R >= (ends_E - sizes_E)[:, None]) & (row_R < ends_E[:, None])
+    x_RD, dy_RF = (_until(a, 0, jnp.sum(sizes_E)) for a in (x_RD, dy_RF))
+    return jnp.einsum("ER,RD,RF->EDF", inside_ER.astype(x_RD.dtype), x_RD, dy_RF)
+
+
+def swiglu(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, *, keep: bool):
+    """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
+    x_RD = x_TD if token_R is None else x_TD[token_R]
+    weights = (jax.lax.dynamic_slice_in_dim(w, first, len(sizes_E), axis=0) for w in (w_gate_GDF, w_up_GDF, w_down_GFD))
+    y_RD, saved = _forward(x_RD, *weights, sizes_E)
+    return y_RD, saved if keep else None
+
+
+def swiglu_backward(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, saved, dy_RD):
+    """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
+    x_RD = x_TD if token_R is None else x_TD[token_R]
+    weights = (jax.lax.dynamic_slice_in_dim(w, first, len(sizes_E), axis=0) for w in (w_gate_GDF, w_up_GDF, w_down_GFD))
+    return _backward(x_RD, *weights, sizes_E, *saved, dy_RD)
+
+
+def _block_rows(num_rows: int, num_groups: int) -> int:
+    return min(SPARE_ROWS, max(16, 1 << (num_rows // (2 * num_groups)).bit_length()))
 
 
 def _over_groups(body, carry, sizes_E, weights, sums_like, block: int):
@@ -81,9 +87,9 @@ def _until(x, row, end):
     return jnp.where(row + jnp.arange(len(x))[:, None] < end, x, 0)
 
 
-def _forward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, block):
+def _forward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
     (R, D), (E, _, F) = x_RD.shape, w_gate_EDF.shape
-    rows, dtype = _block_rows(R, E, block), x_RD.dtype
+    rows, dtype = _block_rows(R, E), x_RD.dtype
     x = jnp.pad(x_RD, ((0, rows), (0, 0)))
 
     def body(carry, _, weights, row, end):
@@ -94,16 +100,16 @@ def _forward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, block):
         out = (jax.nn.silu(gate) * up) @ w_down
         return (_write(y, out, row), _write(gates, gate, row), _write(ups, up, row)), None
 
-    carry = (jnp.zeros((R + rows, D), dtype), jnp.zeros((R + rows, F), dtype), jnp.zeros((R + rows, F), dtype))
+    saved = jnp.zeros((R + SPARE_ROWS, F), dtype)
+    carry = (jnp.zeros((R + rows, D), dtype), saved, saved)
     weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
     (y, gates, ups), _ = _over_groups(body, carry, sizes_E, weights, lambda w: None, rows)
-    return _until(y[:R], 0, jnp.sum(sizes_E)), (x_RD, *weights, sizes_E, gates, ups)
+    return _until(y[:R], 0, jnp.sum(sizes_E)), (gates, ups)
 
 
-def _backward(block, saved, dy_RD):
-    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, gates, ups = saved
+def _backward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, gates, ups, dy_RD):
     R = len(x_RD)
-    rows = _block_rows(R, len(w_gate_EDF), block)
+    rows = _block_rows(R, len(w_gate_EDF))
     x, dy = (jnp.pad(a, ((0, rows), (0, 0))) for a in (x_RD, dy_RD))
 
     def body(dx, sums, weights, row, end):
@@ -116,12 +122,9 @@ def _backward(block, saved, dy_RD):
         act = gate * s
         dgate, dup = dh * up * (s + act * (1 - s)), dh * act
         dx = _write(dx, dgate @ w_gate.T + dup @ w_up.T, row)
-        sums = dw_gate + outer(x_block, dgate), dw_up + outer(x_block, dup), dw_down + outer(act * up, dy_block)
+        sums = dw_gate + product(x_block, dgate), dw_up + product(x_block, dup), dw_down + product(act * up, dy_block)
         return dx, sums
 
     weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
     dx, dw = _over_groups(body, jnp.zeros_like(x), sizes_E, weights, lambda w: w, rows)
-    return _until(dx[:R], 0, jnp.sum(sizes_E)), *dw, None
-
-
-grouped_swiglu_blocks.defvjp(_forward, _backward)
+    return _until(dx[:R], 0, jnp.sum(sizes_E)), *dw

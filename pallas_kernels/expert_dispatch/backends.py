@@ -1,0 +1,59 @@
+"""Which file computes what.
+
+A backend is a file with four functions and a word on what it can do (``why_not(function, *arrays, **static)``: None, or
+the reason in a sentence). R in ``row_TX`` means nowhere; what stands there reads as 0.
+
+    select(choice_TE, counted_T, spec) -> (experts_TX, position_TX, counts_E)
+        ``choice_TE`` is float32 without NaN, ``spec`` a TopK; see :class:`Choice` for the results.
+    gather(x_TD, token_R, weight_R) -> x_RD
+        Row r is ``weight_R[r] * x_TD[token_R[r]]``; None: weights are 1. Tokens are in range.
+    gather_sum(y_RD, row_TX, weights_TX) -> out_TD
+        ``sum_x weights_TX[t, x] * y_RD[row_TX[t, x]]``, summed in float32, in the order of x; None: weights are 1.
+        What stands in a row that no pair has may be NaN.
+    gather_dot(y_RD, row_TX, dout_TD) -> dot_TX, float32
+        ``y_RD[row_TX[t, x]] . dout_TD[t]``.
+
+The kernels take ``interpret`` beside these: True, or the parameters of a simulator.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+
+from pallas_kernels.expert_dispatch import xla
+
+Implementation = Literal["xla", "tpu", "gpu"]
+_KERNELS: dict[str, tuple[str, ModuleType]] = {}
+
+
+def run(implementation: Implementation | None, function: str, *arrays: Any, **static: Any) -> Any:
+    """``function`` of the backend that is asked for, or of the best one for the platform that is compiled for.
+
+    Raises:
+        ValueError: there is no such implementation, or it can not do what is asked.
+    """
+
+    def of(backend: ModuleType, **more: Any) -> Any:
+        return functools.partial(getattr(backend, function), **static, **more)
+
+    if implementation not in (None, "xla", *_KERNELS):
+        names = ", ".join(map(repr, (None, "xla", *_KERNELS)))
+        raise ValueError(f"implementation is {implementation!r}; it is one of {names}")
+    if implementation == "xla":
+        return of(xla)(*arrays)
+    if implementation is not None:
+        platform, backend = _KERNELS[implementation]
+        if (reason := backend.why_not(function, *arrays, **static)) is not None:
+            raise ValueError(f"implementation {implementation!r}: {reason}")
+        return jax.lax.platform_dependent(*arrays, **{platform: of(backend)}, default=of(backend, interpret=True))
+    choices = {"default": of(xla)}
+    for platform, backend in _KERNELS.values():
+        if backend.why_not(function, *arrays, **static) is None:
+            choices[platform] = of(backend)
+    if len(choices) == 1:
+        return choices["default"](*arrays)
+    return jax.lax.platform_dependent(*arrays, **choices)

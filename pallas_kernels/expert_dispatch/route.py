@@ -1,0 +1,107 @@
+"""The public call for choosing experts: which, with what score, and their places in a counting sort by expert."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.expert_dispatch.backends import Implementation, run
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The experts that each of T tokens chose, best first.
+
+    Attributes:
+        experts_TX: numbers of experts; E for a token that does not count.
+        scores_TX: their scores, without the bias; differentiable. 0 for a token that does not count.
+        position_TX: how many earlier pairs (by token, then by choice) chose the same expert.
+        counts_E: pairs that chose each expert.
+    """
+
+    experts_TX: Any
+    scores_TX: Any
+    position_TX: Any
+    counts_E: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """What is chosen: ``top_k`` experts, from the ``top_groups`` best of ``num_groups`` groups of neighbours.
+
+    A group is judged by its best expert (``max``: DeepSeek-V2) or by the sum of its two best (``top2``: V3).
+    """
+
+    top_k: int
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+
+
+def top_k_route(
+    scores_TE: Float[Array, "T E"],
+    top_k: int,
+    *,
+    bias_E: Float[Array, " E"] | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: Literal["max", "top2"] = "max",
+    counted_T: Bool[Array, " T"] | None = None,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """The ``top_k`` experts of the highest ``scores + bias``, and where a counting sort by expert puts the pairs.
+
+    Of equal scores the lower number comes first; NaN counts as -inf; -inf can be chosen, behind all else.
+
+    Args:
+        scores_TE: float32.
+        top_k: X, experts for each token.
+        bias_E: added when experts are chosen, and nowhere else.
+        num_groups, top_groups, group_score: see :class:`TopK`.
+        counted_T: tokens that choose at all; None: all of them.
+        implementation: None: the best one for the platform that the program is compiled for. A named one runs or
+            raises; away from its own platform a kernel is interpreted.
+
+    Raises:
+        ValueError: sizes out of range, or a kernel that can not do what is asked.
+    """
+    E = scores_TE.shape[1]
+    if E % num_groups or not 1 <= top_groups <= num_groups:
+        raise ValueError(f"num_groups is {num_groups} and top_groups {top_groups}; the first must divide {E} experts")
+    if not 1 <= top_k <= top_groups * (E // num_groups):
+        raise ValueError(
+            f"top_k is {top_k}; it is between 1 and the {top_groups * (E // num_groups)} experts of the chosen groups"
+        )
+    spec = TopK(top_k, num_groups, top_groups, group_score)
+    return _route(scores_TE, bias_E, counted_T, spec, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _route(scores_TE, bias_E, counted_T, spec: TopK, implementation: Implementation | None) -> Choice:
+    choice_TE = scores_TE.astype(jnp.float32)
+    choice_TE = choice_TE if bias_E is None else choice_TE + bias_E
+    choice_TE = jnp.where(jnp.isnan(choice_TE), -jnp.inf, choice_TE)
+    experts_TX, position_TX, counts_E = run(implementation, "select", choice_TE, counted_T, spec=spec)
+    counted = experts_TX < scores_TE.shape[1]
+    own_TX = jnp.take_along_axis(scores_TE, jnp.where(counted, experts_TX, 0), axis=1)
+    return Choice(experts_TX, jnp.where(counted, own_TX, 0), position_TX, counts_E)
+
+
+def _forward(scores_TE, bias_E, counted_T, spec, implementation):
+    choice = _route(scores_TE, bias_E, counted_T, spec, implementation)
+    return choice, (choice.experts_TX, scores_TE.shape[1])
+
+
+def _backward(spec, implementation, saved, dchoice: Choice):
+    experts_TX, num_experts = saved
+    chosen_TXE = experts_TX[..., None] == jnp.arange(num_experts)
+    return jnp.sum(jnp.where(chosen_TXE, dchoice.scores_TX[..., None], 0), axis=1), None, None
+
+
+_route.defvjp(_forward, _backward)
