@@ -31,8 +31,8 @@ def apply_experts(
         weights_TX: what each choice counts.
         w_gate_eDF, w_up_eDF, w_down_eFD: of this device's experts.
         layer: the weights are those of a stack of layers, of which this is number ``layer``.
-        capacity: of all pairs of the whole batch that chose an expert, the first ``capacity`` go to it (by token, in the
-            order of the batch) and the others nowhere; None: all.
+        capacity: of all pairs of the whole batch that chose an expert, the first ``capacity`` go to it (by token, in
+            the order of the batch) and the others nowhere; None: all.
 
     Returns:
         The outputs, and how many pairs each of the E experts took, over all devices.

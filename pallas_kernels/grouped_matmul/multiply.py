@@ -70,8 +70,9 @@ def grouped_matmul(
         )
     w_GDF, first = _stack(w_EDF, layer)
     if implementation == "reference":
-        w_EDF, scales_EF = (a if a is None or layer is None else a[layer] for a in (w_EDF, scales_EF))
-        w_EDF = w_EDF if scales_EF is None else (w_EDF * scales_EF[:, None]).astype(rows_RD.dtype)
+        if scales_EF is not None:
+            w_EDF = (w_EDF * scales_EF[..., None, :]).astype(rows_RD.dtype)
+        w_EDF = w_EDF if layer is None else w_EDF[layer]
         return grouped_matmul_reference(rows_RD, w_EDF, group_sizes_E)
     scales_GF = None if scales_EF is None else scales_EF.reshape(-1, scales_EF.shape[-1])
     return _matmul(rows_RD, w_GDF, scales_GF, group_sizes_E.astype(jnp.int32), first, implementation)
@@ -119,8 +120,8 @@ def _swiglu_of(x, weights, sizes_E, plan, layer, implementation):
             f"x is {x.dtype}, weights are {', '.join(str(w.dtype) for w in weights)}; they must be the same"
         )
     if implementation == "reference":
-        weights = weights if layer is None else [w[layer] for w in weights]
-        return grouped_swiglu_reference(x if plan is None else dispatch(x, plan), *weights, sizes_E)
+        w_gate, w_up, w_down = weights if layer is None else (w[layer] for w in weights)
+        return grouped_swiglu_reference(x if plan is None else dispatch(x, plan), w_gate, w_up, w_down, sizes_E)
     stacks = [_stack(w, layer) for w in weights]
     first = stacks[0][1]
     return _swiglu(x, *(w for w, _ in stacks), sizes_E.astype(jnp.int32), plan, first, implementation)
@@ -149,7 +150,7 @@ def _stack(w: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]
     return w.reshape(-1, *w.shape[2:]), layer.astype(jnp.int32) * w.shape[1]
 
 
-def _in_stack(dw_E: jax.Array, num: int, first: jax.Array) -> jax.Array:
+def _in_stack(dw_E: jax.Array, num: int, first: Any) -> jax.Array:
     """Gradients of the groups among those of all ``num`` matrices, which are 0."""
     if len(dw_E) == num:
         return dw_E

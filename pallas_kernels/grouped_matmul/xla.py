@@ -37,16 +37,21 @@ def outer(x_RD, dy_RF, sizes_E):
 def swiglu(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, *, keep: bool):
     """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
     x_RD = x_TD if token_R is None else x_TD[token_R]
-    weights = (jax.lax.dynamic_slice_in_dim(w, first, len(sizes_E), axis=0) for w in (w_gate_GDF, w_up_GDF, w_down_GFD))
-    y_RD, saved = _forward(x_RD, *weights, sizes_E)
+    w_gate, w_up, w_down = (_own(w, sizes_E, first) for w in (w_gate_GDF, w_up_GDF, w_down_GFD))
+    y_RD, saved = _forward(x_RD, w_gate, w_up, w_down, sizes_E)
     return y_RD, saved if keep else None
 
 
 def swiglu_backward(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, saved, dy_RD):
     """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
     x_RD = x_TD if token_R is None else x_TD[token_R]
-    weights = (jax.lax.dynamic_slice_in_dim(w, first, len(sizes_E), axis=0) for w in (w_gate_GDF, w_up_GDF, w_down_GFD))
-    return _backward(x_RD, *weights, sizes_E, *saved, dy_RD)
+    w_gate, w_up, w_down = (_own(w, sizes_E, first) for w in (w_gate_GDF, w_up_GDF, w_down_GFD))
+    gates, ups = saved
+    return _backward(x_RD, w_gate, w_up, w_down, sizes_E, gates, ups, dy_RD)
+
+
+def _own(w_GDF, sizes_E, first):
+    return jax.lax.dynamic_slice_in_dim(w_GDF, first, len(sizes_E), axis=0)
 
 
 def _block_rows(num_rows: int, num_groups: int) -> int:
