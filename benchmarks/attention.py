@@ -38,7 +38,7 @@ def compare(*, rounds: int = 5, torch_python: str = "") -> dict[str, Any]:
     pythons = {"segmented": sys.executable, "jax_dense": sys.executable}
     if torch_python:
         pythons["torch"] = torch_python
-    workers = {name: _Worker(name, python) for name, python in pythons.items()}
+    workers = {name: Worker(name, python) for name, python in pythons.items()}
     shape = {"batch": 1, "heads": HEADS, "width": WIDTH, "segment_size": SEGMENT, "window": WINDOW, "dtype": "float32"}
     figures: dict[str, Any] = {"shape": shape, "rounds": rounds}
     try:
@@ -98,11 +98,11 @@ def _visible_pairs(length: int) -> int:
     return Segments(SEGMENT, WINDOW, top=TOP).visible_pairs(length)
 
 
-class _Worker:
-    """A contender's process."""
+class Worker:
+    """A contender's process, which answers each line with one of JSON."""
 
-    def __init__(self, contender: str, python: str):
-        command = [python, "-m", "benchmarks.attention", "serve", contender]
+    def __init__(self, contender: str, python: str, module: str = "benchmarks.attention"):
+        command = [python, "-m", module, "serve", contender]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         pipe = subprocess.PIPE
         self.contender = contender

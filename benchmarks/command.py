@@ -16,9 +16,12 @@ from tyro.conf import FlagCreatePairsOff, arg
 from benchmarks.attention import compare as attention_figures
 from benchmarks.attention import table
 from benchmarks.checkpoints import measure
+from benchmarks.moe import compare as moe_figures
+from benchmarks.moe import table as moe_table
 from benchmarks.timing import ROOT, compare
 
 TORCH = "torch==2.13.0"
+TRANSFORMERS = "transformers==5.24.0"
 
 
 def train(
@@ -62,6 +65,21 @@ def attention(
     show(figures, target)
 
 
+def moe(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    rounds: Annotated[int, arg(help="calls of each contender in each case")] = 15,
+    torch: Annotated[
+        bool, arg(help=f"time Hugging Face's block too; installs {TRANSFORMERS} into .venv-torch")
+    ] = False,
+) -> None:
+    """Time an MoE layer on this CPU, balanced and skewed, in alternation, on an idle machine."""
+    target = target_of(json)
+    figures = moe_figures(rounds=rounds, torch_python=torch_interpreter(TRANSFORMERS) if torch else "")
+    print(moe_table(figures), file=sys.stderr)
+    show(figures, target)
+
+
 def attention_memory(*, json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "") -> None:
     """Compile a training step of an attention layer at 102,400 positions for a TPU, beside what people write in JAX."""
     from benchmarks.attention_memory import run, tables
@@ -102,7 +120,7 @@ def needles(
 
 
 def plans(
-    only: Annotated[Literal["all", "scaling", "inference", "published"], arg(help="which part")] = "all",
+    only: Annotated[Literal["all", "scaling", "presets", "inference", "published"], arg(help="which part")] = "all",
 ) -> None:
     """Plan the jobs of docs/plan.md, and write its tables and pictures; half an hour of compilations the first time."""
     from benchmarks.plans import PARTS, write
@@ -126,16 +144,19 @@ def show(figures: dict[str, Any], target: pathlib.Path | None) -> None:
         target.write_text(text + "\n")
 
 
-def torch_interpreter() -> str:
-    """The interpreter of an environment with PyTorch, made if it is missing; the project's own never gets it."""
+def torch_interpreter(*more: str) -> str:
+    """The interpreter of an environment with PyTorch and ``more``, made if missing; the project's own never gets it."""
     folder = ROOT / ".venv-torch"
     python, done = folder / "bin" / "python", folder / "installed"
-    if not done.exists():
-        print(f"installing {TORCH} into {folder.name}", file=sys.stderr)
-        venv.create(folder, with_pip=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", TORCH, "numpy"]
+    have = done.read_text(encoding="utf-8").split() if done.exists() else []
+    wanted = [package for package in (TORCH, "numpy", *more) if package not in have]
+    if wanted:
+        print(f"installing {' '.join(wanted)} into {folder.name}", file=sys.stderr)
+        if not have:
+            venv.create(folder, with_pip=True)
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        done.touch()
+        done.write_text("\n".join([*have, *wanted, ""]), encoding="utf-8")
     return str(python)
 
 
@@ -144,6 +165,7 @@ def main() -> None:
     app.command(train)
     app.command(checkpoint)
     app.command(attention)
+    app.command(moe)
     app.command(attention_memory)
     app.command(attention_energy)
     app.command(needles)

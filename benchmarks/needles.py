@@ -31,7 +31,7 @@ from dsjax.train.optimizer import OptimConfig
 from dsjax.train.step import Trainer, make_trainer
 
 SEGMENT, STRIDE, ROW_TOKENS = 64, 16, 4096
-BASE = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=32, qk_norm=True, conv_taps=4)
+BASE = AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16, qk_norm=True, conv_taps=4)
 FULL_LENGTH = 8 * SEGMENT
 
 
@@ -45,10 +45,10 @@ class Stage:
     questions: int
 
 
-STAGES = (Stage(64, 700, 6, 3), Stage(128, 150, 12, 6), Stage(256, 150, 16, 8), Stage(FULL_LENGTH, 300, 16, 8))
+STAGES = (Stage(64, 700, 6, 3), Stage(128, 150, 12, 6), Stage(256, 150, 16, 8), Stage(FULL_LENGTH, 600, 16, 8))
 
 
-def segmented(share: int, shift: Any = "cycle", top: int | None = None) -> AttentionConfig:
+def segmented(share: int, shift: Any, top: int | None = None) -> AttentionConfig:
     return dataclasses.replace(BASE, segmented=Segmented(SEGMENT, SEGMENT // share, shift, top))
 
 
@@ -56,12 +56,13 @@ VARIANTS: dict[str, AttentionConfig] = {
     "full": BASE,
     "sliding window": dataclasses.replace(BASE, window=176),  # as many pairs as segmented with half of each segment
     "strided": BASE,
-    "segmented, w = W/2": segmented(2),
+    "segmented, w = W/2, by head": segmented(2, "heads"),
+    "segmented, w = W/4, by head": segmented(4, "heads"),
+    "segmented, w = W/2, by layer": segmented(2, "cycle"),
+    "segmented, w = W/4, by layer": segmented(4, "cycle"),
     "segmented, w = W/2, no shift": segmented(2, 0),
-    "segmented, w = W/2, top 2": segmented(2, "cycle", 2),
-    "segmented, w = W/4": segmented(4),
-    "segmented, w = W/4, no shift": segmented(4, 0),
-    "segmented, w = W/4, top 2": segmented(4, "cycle", 2),
+    "segmented, w = W/2, by head, top 2": segmented(2, "heads", 2),
+    "segmented, w = W/4, by head, top 2": segmented(4, "heads", 2),
 }
 
 

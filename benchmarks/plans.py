@@ -4,17 +4,12 @@ figures. Everything is the compiler's; nothing here was timed on a chip.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.timing import ROOT
 from dsjax.config import UserError, apply_overrides, load_config
-from dsjax.models.decoder import ComputeConfig, DecoderConfig, LayerGroup
-from dsjax.nn.attention import AttentionConfig
-from dsjax.nn.mlp import MLPConfig
-from dsjax.nn.moe import MoEConfig
 from dsjax.plan import report, search
 from dsjax.plan.chips import parse_topology
 from dsjax.plan.command import Request, jobs
@@ -29,6 +24,13 @@ SCALING = {
     "v5p:4x8x8": "fsdp=-1,expert=8",
     "v5p:8x8x16": "fsdp=-1,expert=8",
     "v5p:16x16x16": "data=4,fsdp=-1,expert=8",
+}
+# One micro-batch: a larger batch repeats it.
+PRESETS: dict[str, tuple[str, Sequence[str]]] = {
+    "deepseek_moe_16b": ("v5p:4x4x4", ("data.batch_size=256", "train.accumulate=1")),
+    "deepseek_v2_lite": ("v5p:4x4x4", ("data.batch_size=256", "train.accumulate=1")),
+    "deepseek_v3": ("v5p:8x8x8", ("data.batch_size=512", "train.accumulate=1")),
+    "seed_moe_175b": ("v5p:4x8x8", ()),
 }
 SLICE, BATCHES = "v5p:2x2x4", (1, 4, 16, 64, 256)
 MODELS = ("seed_moe_175b", "seed_dense_175b", "seed_dense_35b")
@@ -180,29 +182,50 @@ def _draw_inference(plans: dict[Any, Any]) -> None:
     report.save(figure, PICTURES / "plan_inference.png")
 
 
-# ---------------------------------------------------------------- published figures
+# ---------------------------------------------------------------- presets
 
-BF16_FULL = ComputeConfig(dtype="bfloat16", remat="full", loss_chunk=512)
+
+def presets() -> str:
+    """Training steps of the configs with experts, on their own meshes."""
+    rows = []
+    for name, (topology, words) in PRESETS.items():
+        say(name)
+        plan = ask(Job(config(name, *words), topology, "train"))
+        rows.append(_preset_row(name, plan))
+    head = ("config", "chips", "mesh", "tokens a step", "GiB a chip", "all-to-all, GiB a chip", "sent in all, GiB")
+    return table((*head, *report.NAMES.values(), "bound", "MFU at best"), rows)
+
+
+def _preset_row(name: str, plan: dict[str, Any]) -> Row:
+    devices = plan["num_devices"] / plan["num_chips"]
+    exchanged = sum(kinds.get("ragged-all-to-all", 0) for kinds in plan["collective_bytes"].values()) * devices
+    return (
+        f"`{name}`",
+        f"{plan['num_chips']:,}",
+        mesh_of(plan),
+        f"{plan['tokens_per_step']:,}",
+        f"{plan['hbm_bytes_per_chip'] / 2**30:.1f}",
+        f"{exchanged / 2**30:.1f}",
+        f"{report.sent(plan) / 2**30:.1f}",
+        *(report.time_of(plan["roofline_seconds"][n]) for n in report.NAMES),
+        report.NAMES[plan["bound"]],
+        f"{plan['best_mfu']:.1%}",
+    )
+
+
+# ---------------------------------------------------------------- published figures
 
 
 def deepseek_v3() -> Pretrain:
-    """DeepSeek-V3 (arXiv 2412.19437) but for its attention: grouped-query, 191M parameters a layer instead of 187M."""
-    attention = AttentionConfig(num_heads=96, num_kv_heads=8, head_dim=128)
-    experts = MoEConfig(num_experts=256, top_k=8, d_ff=2048, num_shared_experts=1, bias_update_rate=1e-3)
-    groups = (LayerGroup(MLPConfig(d_ff=18_432), attention, num_layers=3), LayerGroup(experts, attention))
-    model = DecoderConfig(vocab_size=129_280, d_model=7168, num_layers=61, groups=groups)
-    words = ("data.vocab_size=129280", "data.seq_len=8192", f"data.batch_size={6 * 512}", "train.accumulate=6")
-    return dataclasses.replace(config("seed_moe_175b", *words, "mesh=data=1,fsdp=64,expert=8"), model=model)
+    """DeepSeek-V3 as MaxText trains it on 512 chips."""
+    words = ("data.seq_len=8192", f"data.batch_size={6 * 512}", "train.accumulate=6", "mesh=data=1,fsdp=64,expert=8")
+    return config("deepseek_v3", *words)
 
 
 def deepseek_v2_lite() -> Pretrain:
-    """DeepSeek-V2-Lite (arXiv 2405.04434) but for its attention: 12.6M parameters a layer instead of 13.8M."""
-    attention = AttentionConfig(num_heads=16, num_kv_heads=8, head_dim=128)
-    experts = MoEConfig(num_experts=64, top_k=6, d_ff=1408, num_shared_experts=2)
-    groups = (LayerGroup(MLPConfig(d_ff=10_944), attention, num_layers=1), LayerGroup(experts, attention))
-    model = DecoderConfig(vocab_size=102_400, d_model=2048, num_layers=27, groups=groups)
-    base = config("seed_moe_175b", "data.vocab_size=102400", "data.seq_len=2048", "data.batch_size=96")
-    return dataclasses.replace(apply_overrides(base, ["mesh=data=1,fsdp=4,expert=1"]), model=model)
+    """DeepSeek-V2-Lite as MaxText trains it on 4 chips."""
+    words = ("data.seq_len=2048", "data.batch_size=96", "train.accumulate=1", "mesh=data=1,fsdp=4,expert=1")
+    return config("deepseek_v2_lite", *words)
 
 
 def published() -> str:
@@ -267,7 +290,12 @@ def _published_jobs() -> list[tuple[str, Job, Callable[[dict[str, Any]], str], s
 
 # ---------------------------------------------------------------- the page
 
-PARTS: dict[str, Callable[[], str]] = {"scaling": scaling, "inference": inference, "published": published}
+PARTS: dict[str, Callable[[], str]] = {
+    "scaling": scaling,
+    "presets": presets,
+    "inference": inference,
+    "published": published,
+}
 
 
 def write(names: Sequence[str]) -> None:

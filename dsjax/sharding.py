@@ -29,13 +29,18 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: whatever is left."""
+    """Devices along each mesh axis; one of them may be -1: whatever is left.
+
+    With ``expert_over_data``, experts are cut over ``data`` too, which then are slices with a slower network between
+    them: in training, tokens go to the right slice first, then to the device in it (docs/experts.md).
+    """
 
     data: Annotated[int, Bounds(ge=-1)] = -1
     fsdp: Annotated[int, Bounds(ge=-1)] = 1
     expert: Annotated[int, Bounds(ge=-1)] = 1
     tensor: Annotated[int, Bounds(ge=-1)] = 1
     context: Annotated[int, Bounds(ge=-1)] = 1
+    expert_over_data: bool = False
 
     def validate(self) -> None:
         sizes = [getattr(self, axis) for axis in MESH_AXES]
@@ -102,9 +107,19 @@ class Rules:
     length: tuple[str, ...] = ("context",)
     slots: tuple[str, ...] = ()  # of a decode cache
 
+    @property
+    def pages(self) -> tuple[str, ...]:
+        """Of a decode cache: each device has those of its rows and slots."""
+        return (*self.batch, *self.slots)
+
     def spec(self, *axes: str | None) -> PartitionSpec:
         """The partition of an array whose dimensions carry these logical axes (None: not split)."""
         return PartitionSpec(*(getattr(self, a) or None if a is not None else None for a in axes))
+
+
+def training_rules(cfg: MeshConfig) -> Rules:
+    """Where training places things on the mesh of ``cfg``."""
+    return Rules(expert=("data", "expert")) if cfg.expert_over_data else Rules()
 
 
 # Where prefill and decode place things: tokens move, weights stay. No weight is cut over an axis that rows are cut

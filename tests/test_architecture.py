@@ -150,10 +150,10 @@ def test_every_public_function_and_class_says_what_it_does() -> None:
     assert not silent
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_says_what_came_of_it(path: pathlib.Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    assert f"dsjax train configs/{path.name}" in docstring, "the docstring gives the command"
+    assert f"dsjax train {path.relative_to(ROOT)}" in docstring, "the docstring gives the command"
     assert "Result" in docstring or "not yet run" in docstring.lower(), "the docstring gives the result"
     config = load_config(path)
     validate(config)

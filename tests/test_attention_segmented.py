@@ -17,8 +17,8 @@ from models import V, graph, logits, random_tokens, weights
 
 from dsjax.config import UserError, apply_overrides, validate
 from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
-from dsjax.nn.attention import Attention, AttentionConfig, chooses, reads_chosen, whole_segments
-from dsjax.nn.cache import LayerCache, held_positions, num_slots, slots_of, written
+from dsjax.nn.attention import Attention, AttentionConfig, whole_segments
+from dsjax.nn.cache import GroupCache, LayerCache, RowState, empty_pages, held_positions, num_slots, slots_of, written
 from dsjax.nn.masks import Documents, Segmented, sees
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
@@ -59,7 +59,7 @@ def test_slots_hold_the_tails_and_the_open_segment(cut: Segments, chunks: list[i
         held |= dict(kept)
         length += real
         want = {p for p in range(length) if cut.in_tail(p) or cut.of(p) == cut.of(length - 1)}
-        found = np.asarray(held_positions(cut, slots, jnp.asarray([length])))[0].tolist()
+        found = np.asarray(held_positions(cut, jnp.arange(slots), jnp.asarray(length))).tolist()
         assert sorted(p for p in found if p >= 0) == sorted(want)
         assert all(held[slot] == position for slot, position in enumerate(found) if position >= 0)
     assert slots <= LONGEST * cut.window / cut.size + cut.size + cut.window
@@ -72,7 +72,7 @@ def test_a_segment_of_eight_with_a_tail_of_four_keeps_half(length: int, slots: i
 
 # ---------------------------------------------------------------- one layer
 
-T, CHUNK = 44, 5
+T, CHUNK, PAGE = 44, 5, 4
 LAYERS = {
     "all tails": (Segments(8, 4), 1),
     "shifted": (Segments(8, 4, 4), 2),
@@ -95,8 +95,8 @@ def layer(name: str, dtype: str = "float32") -> Any:
     module = Attention(cfg, 8, rngs=nnx.Rngs(0))
     x_BTD = 2 * jax.random.normal(jax.random.key(1), (3, T, 8))
     slots, sums = cfg.cache_size(T)
-    kv, more = jnp.zeros((3, slots, 2, 4), dtype), jnp.zeros((3, sums, 2, 4))
-    empty = LayerCache(kv, kv, jnp.zeros((3, 0, 8)), more)
+    pages = empty_pages(1, 3, slots, (2, 4), dtype, page_size=PAGE)
+    empty = GroupCache(pages, RowState(jnp.zeros((1, 3, 0, 8)), jnp.zeros((1, 3, sums, 2, 4))))
 
     def call(module, x_BTD, cache, lengths_B, real_B):
         start_B = 0 * real_B if lengths_B is None else lengths_B
@@ -105,14 +105,14 @@ def layer(name: str, dtype: str = "float32") -> Any:
         rope = rope_angles(positions_BT, 4, 100.0)
         documents = Documents(ids_BT, positions_BT)
         options = {"documents": documents, "positions_BT": positions_BT, "rope": rope}
-        out, new = module(x_BTD, cache=cache, lengths_B=lengths_B, **options)
         if cache is None:
-            return out, None
-        slots_PBT = None
+            return module(x_BTD, **options)[0], None
+        state = jax.tree.map(lambda x: x[0], cache.state)
+        out, made = module(x_BTD, cache=LayerCache(cache.pages, 0, state), lengths_B=lengths_B, **options)
+        slots_NBT = None
         if lengths_B is not None:
-            slots_PBT = slots_of(mask, lengths_B, x_BTD.shape[1], real_B)[None]
-        stack = functools.partial(jax.tree.map, lambda x: x[None])
-        return out, jax.tree.map(lambda x: x[0], written(stack(cache), stack(new), slots_PBT))
+            slots_NBT = slots_of(mask, lengths_B, x_BTD.shape[1], real_B)[None]
+        return out, written(cache, jax.tree.map(lambda x: x[None], made), slots_NBT)
 
     run = functools.partial(jax.jit(call), module)
     whole = np.asarray(run(x_BTD, None, None, jnp.full(3, T))[0])
@@ -154,30 +154,21 @@ def test_chunks_of_any_number_of_positions_may_cross_segments(name: str, prompts
     check_pieces(name, prompts, chunks, CHUNK)
 
 
-def test_a_step_reads_the_chosen_tails_alone_where_that_is_less() -> None:
-    mask, slots = Segments(6, 3, 0, top=1), 3 + 3 * 8
-    assert chooses(mask)
-    assert reads_chosen(mask, 1, slots, 3)  # 3 + 4 * 3 of 27
-    assert not reads_chosen(mask, 2, slots, 3)  # positions choose apart
-    assert not reads_chosen(mask, 1, 3 + 3 * 4, 3)  # all there is
-    assert not chooses(Segments(6, 0, 0, top=1))
-
-
 def test_other_tails_can_hold_anything() -> None:
     """What is not chosen is not read: NaN in it changes nothing."""
     name = "first and previous"
     want, x_BTD, cache, run = layer(name)
-    length = 34
+    length, columns = 34, cache.pages.table_BJ.shape[1]
     _, cache = run(x_BTD, cache, None, jnp.full(3, length))
-    held = np.asarray(held_positions(LAYERS[name][0], cache.k_BSKH.shape[1], jnp.full(3, length)))[0]
-    # segments of four, shifted by two: position 34 is in the ninth, sees the tails of the first and the eighth
-    middle = (held >= 4) & (held < 28)
-    assert middle.sum() == 12
-    broken = dataclasses.replace(
-        cache,
-        k_BSKH=jnp.where(middle[:, None, None], jnp.nan, cache.k_BSKH),
-        v_BSKH=jnp.where(middle[:, None, None], jnp.nan, cache.v_BSKH),
-    )
+    slots = jnp.arange(columns * PAGE)
+    held = np.asarray(held_positions(LAYERS[name][0], slots, jnp.asarray(length))).reshape(columns, PAGE)
+    # Segments of four, shifted by two: position 34 is in the ninth, sees the tails of the first and the eighth. A page
+    # holds two tails, but for the first, which holds the head beside one.
+    middle = ((held >= 4) & (held < 28)).all(axis=1)
+    assert middle.sum() == 3
+    poison = np.tile(middle, 3)[:, None, None, None]
+    k, v = (jnp.where(poison, jnp.nan, x) for x in (cache.pages.k_LMKPH, cache.pages.v_LMKPH))
+    broken = dataclasses.replace(cache, pages=dataclasses.replace(cache.pages, k_LMKPH=k, v_LMKPH=v))
     out, _ = run(x_BTD[:, length : length + 1], broken, jnp.full(3, length), jnp.ones(3, jnp.int32))
     np.testing.assert_allclose(out[:, 0], want[:, length], **CLOSE)
 
@@ -312,11 +303,19 @@ def test_nothing_is_seen_across_documents_nor_behind_a_position() -> None:
 # ---------------------------------------------------------------- sizes
 
 
+def test_shifts_by_head_have_no_cache_yet() -> None:
+    by_head = dataclasses.replace(ATTENTION, segmented=Segmented(8, shift="heads"))
+    cfg = dataclasses.replace(ALTERNATE, groups=(LayerGroup(MLPConfig(24), by_head),))
+    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
+    with pytest.raises(UserError, match='shift is "heads", for which there is no decode cache yet'):
+        model.empty_cache(1, 16)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [1, 12, 50])
 def test_kv_bytes_are_those_of_the_cache(length: int, dtype: str) -> None:
-    cache = jax.eval_shape(lambda: Decoder(MIXED, rngs=nnx.Rngs(0)).empty_cache(1, length, dtype))
-    held = [(g.k_BSKH, g.v_BSKH, g.tail_sums_BJKH) for g in cache.groups]
+    cache = jax.eval_shape(lambda: Decoder(MIXED, rngs=nnx.Rngs(0)).empty_cache(1, length, dtype, page_size=1))
+    held = [(g.pages.k_LMKPH, g.pages.v_LMKPH, g.state.tail_sums_BJKH) for g in cache.groups]
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
     assert MIXED.kv_bytes(length, dtype) == size == length * MIXED.kv_bytes_per_token(dtype, length)
 
@@ -359,7 +358,7 @@ def test_sizes_that_do_not_go_together_are_refused(attention: dict[str, Any], se
 
 def test_shifts_go_around() -> None:
     def shifts(segmented: Segmented) -> list[int]:
-        return [cut.shift for cut in segmented.layers()]
+        return [cut.shift for cut in segmented.layers(2)]
 
     assert shifts(Segmented(8)) == shifts(Segmented(8, shift="cycle")) == [0, 4]
     assert shifts(Segmented(8, 2)) == [0, 2]
@@ -368,7 +367,7 @@ def test_shifts_go_around() -> None:
     assert shifts(Segmented(10, 3, "cycle")) == [0, 3, 6, 9]
     t, j = jnp.arange(64)[:, None], jnp.arange(64)
     for cycle in (Segmented(8, 2, "cycle"), Segmented(10, 3, "cycle"), Segmented(7, shift="cycle")):
-        together = functools.reduce(jnp.logical_or, [sees(cut, t, j) for cut in cycle.layers()])
+        together = functools.reduce(jnp.logical_or, [sees(cut, t, j) for cut in cycle.layers(2)])
         assert bool((together == (j <= t)).all())
 
 

@@ -181,7 +181,8 @@ def test_num_active_params_leaves_out_the_experts_that_are_not_chosen() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kv_bytes_per_token_counts_the_cache(dtype: str) -> None:
     model = nnx.merge(graph(EVERYTHING), weights(EVERYTHING))
-    bytes_of = [sum(g.k_BSKH.nbytes + g.v_BSKH.nbytes for g in model.empty_cache(3, n, dtype).groups) for n in (5, 6)]
+    caches = [model.empty_cache(3, n, dtype, page_size=1) for n in (5, 6)]
+    bytes_of = [sum(g.pages.k_LMKPH.nbytes + g.pages.v_LMKPH.nbytes for g in cache.groups) for cache in caches]
     assert bytes_of[1] - bytes_of[0] == 3 * EVERYTHING.kv_bytes_per_token(dtype)
 
 

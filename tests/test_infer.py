@@ -47,6 +47,8 @@ def test_temperatures_near_zero_are_greedy(temperature: float) -> None:
         (SamplingConfig(1.0, 2, 1.0), [0.625, 0.375, 0, 0]),
         (SamplingConfig(1.0, 0, 0.79), [0.625, 0.375, 0, 0]),  # the second token carries the sum over 0.79
         (SamplingConfig(1.0, 0, 0.0), [1, 0, 0, 0]),
+        (SamplingConfig(1.0, 3, 0.9), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),  # of the three best: 0.84 comes before
+        (SamplingConfig(1.0, 0, 1.0, 0.5), [0.625, 0.375, 0, 0]),
         (SamplingConfig(0.5, 0, 1.0), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
     ],
 )
@@ -232,17 +234,17 @@ def test_every_mesh_gives_the_logits_of_one_device_and_moves_no_weight(name: str
 def test_devices_beyond_the_key_value_heads_cut_query_heads_and_slots() -> None:
     made = generator("dense", "tensor=8", 8)
     assert dict(made.mesh.shape) == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2, "context": 1}
-    cache = made.cache_shapes.groups[0].k_BSKH
-    assert cache.shape == (2, 8, 24, 2, 8)  # 21 slots do not divide over 4
-    assert cache.sharding.shard_shape(cache.shape) == (2, 8, 6, 1, 8)
+    cache = made.cache_shapes.groups[0].pages.k_LMKPH
+    assert cache.shape == (2, 8 * 4, 2, 16, 8)  # each of four devices has a page of each row
+    assert cache.sharding.shard_shape(cache.shape) == (2, 8, 1, 16, 8)
     w_q = made.shapes["group_0"]["attention"]["w_q"]
     assert w_q.sharding.shard_shape(w_q.shape) == (2, 64, 1, 1, 8)
 
 
 def test_rows_are_cut_over_the_expert_axis_if_they_divide_over_it() -> None:
-    cut, whole = (generator("experts", "expert=8", n).cache_shapes.groups[0].k_BSKH for n in (8, 1))
-    assert cut.sharding.shard_shape(cut.shape) == (1, 1, 21, 4, 8)
-    assert whole.sharding.shard_shape(whole.shape) == (1, 1, 3, 4, 8)  # then its slots are
+    cut, whole = (generator("experts", "expert=8", n).cache_shapes.groups[0].pages.k_LMKPH for n in (8, 1))
+    assert cut.sharding.shard_shape(cut.shape) == (1, 2, 4, 16, 8)  # two pages for 21 slots
+    assert whole.sharding.shard_shape(whole.shape) == (1, 1, 4, 16, 8)  # then its slots are
 
 
 def test_a_long_prefill_may_cut_positions_and_a_step_does_not() -> None:
@@ -293,7 +295,7 @@ def test_a_decode_step_takes_the_cache_that_it_is_given() -> None:
     _, cache = made.prefill(params, made.place_rows(PROMPTS), made.place_rows(IDS))
     assert jax.tree.map(lambda x: x.sharding, cache) == jax.tree.map(lambda s: s.sharding, made.cache_shapes)
     made.decode_step(params, made.place_rows(PROMPTS[:, 0]), cache)
-    assert cache.groups[0].k_BSKH.is_deleted()
+    assert cache.groups[0].pages.k_LMKPH.is_deleted()
 
 
 def test_generation_on_a_mesh_is_that_on_one_device() -> None:

@@ -214,8 +214,8 @@ def test_decoding_with_segments_reads_half_of_the_cache_or_what_is_chosen(
     model = DecoderConfig(1024, 1024, num_layers, groups=(LayerGroup(MLPConfig(d_ff=128), attention),))
     job, length, batch = dataclasses.replace(dense(data=1), model=model), 65_536, 8
     moved = measure(Job(job, "v5e:1x1", "decode", batch_size=batch, length=length))["hbm_traffic_bytes"]
-    # With several heads a TPU reads all tails and masks; else of the first, the previous, `top` others, and its own.
-    slots = 512 + (length // 2 if top is None or num_heads > 1 else (3 + top) * 512)
+    # Of chosen tails: the first, the previous, `top` others, and its own, in pages that hold nothing else.
+    slots = 512 + (length // 2 if top is None else (3 + top) * 512)
     want = model.num_params() * 2 + num_layers * batch * slots * 2 * num_heads * 128 * 2
     # beside it weights that are brought into VMEM first; sums of tails, which are read and written
     assert want <= moved["read"] < 1.1 * want

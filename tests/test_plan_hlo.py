@@ -59,9 +59,14 @@ def test_what_a_kernel_says_of_itself_may_have_lines() -> None:
     module = program(
         '  ROOT k = f32[2] custom-call(), custom_call_target="tpu_custom_call", kernel_metadata={',
         '"mask": "x }"',
-        '}, backend_config={"a":1}',
+        '}, backend_config={"cost_estimate": {',
+        "",
+        '"flops":2,',
+        '"bytes":3',
+        '}, "a":1}',
     )
-    assert module.computations["main"].root.attributes["backend_config"] == '{"a":1}'
+    found = module.computations["main"].root.attributes["backend_config"]
+    assert found == '{"cost_estimate": {"flops":2,"bytes":3}, "a":1}'
 
 
 @pytest.mark.parametrize(

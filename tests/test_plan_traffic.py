@@ -187,6 +187,23 @@ def test_a_permute_counts_the_devices_that_send_and_the_axes_they_cross() -> Non
     assert only(program(lines[0], lines[1].format(pairs="{{0,3}}"))).axes == ("x", "y")
 
 
+def test_a_ragged_exchange_counts_the_smaller_buffer_both_ways() -> None:
+    groups = "channel_id=1, replica_groups=[4,2]<=[8]"
+    module = program(
+        "  %rows = bf16[10,64] parameter(0)",
+        "  %space = bf16[40,64] parameter(1)",
+        "  %n = s32[2] parameter(2)",
+        f"  %there = bf16[40,64] ragged-all-to-all(%rows, %space, %n, %n, %n, %n), {groups}",
+        "  %fast = bf16[10,64]{1,0:S(1)} parameter(3)",
+        "  %start = ((bf16[40,64], bf16[10,64]{1,0:S(1)}, s32[2], s32[2], s32[2], s32[2]), bf16[10,64]{1,0:S(1)})"
+        f" ragged-all-to-all-start(%there, %fast, %n, %n, %n, %n), {groups}",
+        "  ROOT %back = bf16[10,64]{1,0:S(1)} ragged-all-to-all-done(%start)",
+    )
+    assert [(item.bytes, item.axes) for item in collectives(module, MESH)] == [(1280 / 2, ("y",))] * 2
+    moved = hbm_bytes(module)
+    assert (moved.read, moved.written) == (2 * 1280, 1280)  # what comes back stays in VMEM
+
+
 def test_pairs_count_once() -> None:
     groups = "channel_id=1, replica_groups=[4,2]<=[8], use_global_device_ids=true"
     before = f"""

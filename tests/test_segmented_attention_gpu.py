@@ -12,7 +12,6 @@ import importlib
 import re
 import subprocess
 import sys
-import threading
 from typing import Any
 
 import jax
@@ -20,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Case, altered, assert_close, check, dense
+from gpu_simulator import compile_once  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races, reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from pallas_kernels import hopper
 from pallas_kernels.segmented_attention import Segments, gpu, gpu_tiles, segmented_attention
 
 GPU_CASES = {
@@ -68,25 +68,6 @@ GPU_CASES = {
     ),
 }
 SLOW = ("no tails", "whole tails", "large scores", "scattered ids", "rows and heads")
-
-
-@pytest.fixture(autouse=True)
-def compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The simulator compiles the program of a thread for each thread of each block; here, once."""
-    programs: dict[int, Any] = {}
-    lock = threading.Lock()
-
-    def run(jaxpr, consts, *args):
-        with lock:
-            if id(jaxpr) not in programs:
-
-                def evaluate(consts, *args):
-                    jax.core.eval_jaxpr(jaxpr, consts, *args)
-
-                programs[id(jaxpr)] = (jax.jit(evaluate).lower(consts, *args).compile(), jaxpr)
-        programs[id(jaxpr)][0](consts, *args)
-
-    monkeypatch.setattr(thread_map, "_run_jaxpr", run)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in GPU_CASES])
@@ -308,7 +289,7 @@ print([m for m in sys.modules if m == "jax.experimental.mosaic.gpu" or "segmente
 
 
 def test_a_simulation_that_would_hang_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "SIMULATOR_THREADS", 10**6)
+    monkeypatch.setattr(hopper, "SIMULATOR_THREADS", 10**6)
     q, k, v, _ = GPU_CASES["remainders"].inputs()
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_force_host_platform_device_count"):
         jax.block_until_ready(segmented_attention(q, k, v, segment_size=128, implementation="gpu"))

@@ -25,10 +25,11 @@ ATTENTION = AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=8)
 STEPS = 20
 
 
-def small(**data) -> Pretrain:
+def small(capacity: float | None = None) -> Pretrain:
+    experts = MoEConfig(num_experts=8, top_k=2, d_ff=32, num_shared_experts=1, capacity=capacity)
     groups = (
         LayerGroup(MLPConfig(d_ff=64), ATTENTION, num_layers=1),
-        LayerGroup(MoEConfig(num_experts=8, top_k=2, d_ff=32, num_shared_experts=1), ATTENTION),
+        LayerGroup(experts, ATTENTION),
     )
     return Pretrain(
         model=DecoderConfig(vocab_size=320, d_model=32, num_layers=3, groups=groups),
@@ -82,6 +83,7 @@ def one_device() -> np.ndarray:
         "expert=4,tensor=2",
         "fsdp=2,expert=2,tensor=2",
         "fsdp=2,expert=2,context=2",
+        "data=2,expert=4,expert_over_data=true",
     ],
 )
 def test_every_mesh_gives_the_losses_of_one_device(mesh: str, one_device: np.ndarray) -> None:
@@ -90,3 +92,12 @@ def test_every_mesh_gives_the_losses_of_one_device(mesh: str, one_device: np.nda
     print(f"mesh={mesh}: largest relative difference {np.max(np.abs(found / one_device - 1)):.1e}")
     # rtol: float32 sums in another order over 20 steps.
     np.testing.assert_allclose(found, one_device, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,context=2", "data=2,expert=4,expert_over_data=true"])
+def test_every_mesh_drops_the_pairs_that_one_device_drops(mesh: str) -> None:
+    """The first ones of the whole batch find room, whichever device they are on."""
+    want, dropless = (losses(small(c), 3, jax.devices()[:1]) for c in (0.75, None))
+    assert abs(want[0] - dropless[0]) > 1e-3
+    found = losses(apply_overrides(small(0.75), [f"mesh={mesh}"]), 3)
+    np.testing.assert_allclose(found, want, rtol=1e-5)  # as above

@@ -12,67 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from routed_runs import ONE, RATE, E, arrays, job, model_config, random_batch, trained
 
 from dsjax.checkpoint import Checkpoints, as_tree, flatten
 from dsjax.data.batch import Batch
-from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig, LayerGroup
-from dsjax.nn.attention import AttentionConfig
-from dsjax.nn.masks import Documents
-from dsjax.nn.mlp import MLPConfig
-from dsjax.nn.moe import MoEConfig
-from dsjax.sharding import MeshConfig, Rules, host_array_to_global, joined, make_mesh, split_variables
-from dsjax.train.optimizer import OptimConfig
-from dsjax.train.step import Trainer, TrainState, make_trainer
+from dsjax.models.decoder import Decoder
+from dsjax.sharding import MeshConfig, joined, split_variables
+from dsjax.train.step import Trainer, TrainState
 
-ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8)
-RATE, E, B, T = 0.01, 8, 8, 32
 BIAS = "buffers/group_0/ffn/selection_bias"
-ONE = MeshConfig(data=1)
-
-
-def model_config(rate: float = RATE, several: bool = False) -> DecoderConfig:
-    """Two layers of experts that nothing but the bias balances; ``several``: a dense one and two more behind them."""
-    experts = LayerGroup(MoEConfig(E, 2, 8, balance_coef=0.0, bias_update_rate=rate), ATTENTION, num_layers=2)
-    if not several:
-        return DecoderConfig(64, 16, 2, (experts,))
-    return DecoderConfig(64, 16, 5, (experts, LayerGroup(MLPConfig(d_ff=16), ATTENTION, num_layers=1), experts))
-
-
-@functools.cache
-def job(cfg: DecoderConfig = model_config(), mesh: MeshConfig = ONE, accumulate: int = 1, **compute: Any) -> Any:
-    """A function batch -> the batch on its devices, and the trainer."""
-    devices = make_mesh(mesh, jax.devices()[:1] if mesh == ONE else None)
-    trainer = make_trainer(
-        lambda rngs: Decoder(cfg, ComputeConfig(**compute), rngs=rngs),
-        OptimConfig(lr=3e-3, warmup_steps=2),
-        devices,
-        accumulate=accumulate,
-    )
-    spec = Rules().spec("batch", "length")
-    return lambda batch: jax.tree.map(lambda x: host_array_to_global(np.asarray(x), devices, spec), batch), trainer
-
-
-def random_batch(seed: int, tokens: int = 20) -> Batch:
-    """Rows of one document; the last positions of some are padding."""
-    rng = np.random.default_rng(seed)
-    # Rows differ in their tokens, so that no row's loads are those of the batch.
-    text = (rng.integers(0, tokens, (B, T + 1)) // (1 + np.arange(B)[:, None] % 3)).astype(np.int32)
-    real = np.arange(T) < rng.integers(T // 2, T + 1, (B, 1))
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
-    return Batch(text[:, :-1], text[:, 1:], real.astype(np.float32), Documents(real.astype(np.int32), positions))
-
-
-def trained(steps: int, *, seed: int = 0, **kind: Any) -> tuple[TrainState, list[dict[str, float]]]:
-    place, trainer = job(**kind)
-    state, records = trainer.init(np.uint32(seed)), []
-    for i in range(steps):
-        state, metrics = trainer.step(state, place(random_batch(1000 * seed + i)), jnp.int32(1000))
-        records.append({name: float(x) for name, x in metrics.items()})
-    return state, records
-
-
-def arrays(state: TrainState) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x) for name, x in flatten(as_tree(state)).items()}
 
 
 def loads(trainer: Trainer, state: TrainState, batch: Batch) -> np.ndarray:
@@ -83,6 +31,13 @@ def loads(trainer: Trainer, state: TrainState, batch: Batch) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def _loads(graph: Any, variables: Any, batch: Batch) -> Any:
     return nnx.merge(graph, variables)(batch.tokens_BT, batch.documents).loads
+
+
+def counted(metrics: dict[str, float]) -> dict[str, float]:
+    """Of a step's metrics, those that follow from counts alone: equal, however the counting was shared out."""
+    assert metrics["router/group_0/unaccounted"] == 0
+    names = ("max_over_mean_load", "dead_experts", "drop_rate", "unaccounted", "load_entropy")
+    return {name: round(metrics[f"router/group_0/{name}"], 5) for name in names}
 
 
 def error_sign(load_LE: np.ndarray) -> np.ndarray:
@@ -166,8 +121,9 @@ def test_micro_batches_move_the_bias_as_the_whole_batch_does(accumulate: int) ->
     state, batch = trainer.init(np.uint32(0)), random_batch(0)
     part = jax.tree.map(lambda x: x[::accumulate], batch)  # the first micro-batch
     assert (error_sign(loads(trainer, state, part)) != error_sign(loads(trainer, state, place(batch)))).any()
-    whole, cut = (arrays(trained(4, accumulate=n)[0])[BIAS] for n in (1, accumulate))
-    assert cut.tolist() == whole.tolist()
+    (whole, records), (cut, found) = (trained(4, accumulate=n) for n in (1, accumulate))
+    assert arrays(cut)[BIAS].tolist() == arrays(whole)[BIAS].tolist()
+    assert counted(found[0]) == counted(records[0])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +141,8 @@ def test_devices_move_the_bias_as_one_does(mesh: MeshConfig) -> None:
     whole = error_sign(loads(trainer, state, place(batch)))
     row = jax.tree.map(lambda x: x[:1], batch)  # what one device of data=8 has
     assert (error_sign(loads(trainer, state, row)) != whole).any()
-    one, found = (trained(4, mesh=m)[0] for m in (ONE, mesh))
+    (one, records), (found, measured) = (trained(4, mesh=m) for m in (ONE, mesh))
+    assert counted(measured[0]) == counted(records[0])
     assert arrays(found)[BIAS].tolist() == arrays(one)[BIAS].tolist()
     # Every device holds the whole of it.
     assert all(s.data.shape == (2, E) for s in found.buffers["group_0"]["ffn"]["selection_bias"].addressable_shards)

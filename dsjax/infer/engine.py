@@ -18,8 +18,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import UserError
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.sampling import SamplingConfig, sample
-from dsjax.models.decoder import cache_shardings
-from dsjax.nn.cache import Cache
+from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
 from dsjax.nn.masks import Documents
 from dsjax.sharding import (
     INFERENCE,
@@ -38,6 +37,25 @@ from dsjax.sharding import (
 
 
 @dataclasses.dataclass(frozen=True)
+class Placed:
+    """A model on devices: abstract variables with shardings, each in the dtype that it is used in; mesh and rules."""
+
+    model: Any
+    shapes: Any
+    mesh: Mesh
+    rules: Rules
+    dtype: Any
+
+    def place(self, params: Any) -> Any:
+        """``params``, buffers included, on their devices, cast once to the dtype that each is used in."""
+
+        def put(x: Any, like: Any) -> jax.Array:
+            return jax.device_put(x if x.dtype == like.dtype else x.astype(like.dtype), like.sharding)
+
+        return jax.tree.map(put, params, self.shapes)
+
+
+@dataclasses.dataclass(frozen=True)
 class Generator:
     """The pure functions of inference on one mesh, for one batch size, and where weights and cache live.
 
@@ -47,27 +65,34 @@ class Generator:
         decode_step: (params, token_B, cache) -> (logits_BV, cache); the given cache is donated.
         decode: (params, logits_BV, cache, key, sampling=, steps=) -> (tokens_BS, logits_BV behind the last, cache):
             ``steps`` times a token sampled, and ``decode_step``; the given cache is donated.
-        shapes: abstract parameters and buffers with shardings, each in the dtype that it is used in.
+        placed: where the model lies.
         cache_shapes: the abstract cache with shardings.
-        mesh: the devices, as :func:`dsjax.sharding.inference_layout` shares them out.
-        rules: logical axis -> mesh axes.
     """
 
     prefill: Any  # jitted functions: also lowered and compiled ahead of time
     decode_step: Any
     decode: Any
-    shapes: Any
+    placed: Placed
     cache_shapes: Cache
-    mesh: Mesh
-    rules: Rules
+
+    @property
+    def shapes(self) -> Any:
+        """Abstract parameters and buffers with shardings."""
+        return self.placed.shapes
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices, as :func:`dsjax.sharding.inference_layout` shares them out."""
+        return self.placed.mesh
+
+    @property
+    def rules(self) -> Rules:
+        """Logical axis -> mesh axes."""
+        return self.placed.rules
 
     def place(self, params: Any) -> Any:
-        """``params``, buffers included, on their devices, cast once to the dtype that each is used in."""
-
-        def put(x: Any, like: Any) -> jax.Array:
-            return jax.device_put(x if x.dtype == like.dtype else x.astype(like.dtype), like.sharding)
-
-        return jax.tree.map(put, params, self.shapes)
+        """See :meth:`Placed.place`."""
+        return self.placed.place(params)
 
     def place_rows(self, x: np.ndarray) -> jax.Array:
         """An array whose first dimension is the batch, on the devices."""
@@ -99,7 +124,7 @@ def make_generator(
         make_model: builds the model from random keys.
         mesh: devices.
         batch_size: sequences at a time.
-        slots: positions that a sequence may reach, at least: rounded up to what divides over the devices.
+        slots: positions that a sequence may reach, at least: rounded up to whole pages on each device.
         dtype: of the weights of matmuls and of the cache; None: that of the model's activations.
         rules: logical axis -> mesh axes.
 
@@ -110,16 +135,19 @@ def make_generator(
     return _generator(graph, joined(params, buffers), mesh, batch_size, slots, dtype, rules)
 
 
-def _generator(graph, variables, mesh, batch_size, slots, dtype=None, rules=INFERENCE) -> Generator:
+def placed(
+    graph: Any, variables: Any, mesh: Mesh, batch_size: int, dtype: Any = None, rules: Rules = INFERENCE
+) -> Placed:
+    """Where a model lies that works on ``batch_size`` rows at a time, and in what dtype (None: of its activations).
+
+    Raises:
+        UserError: batch, heads or weights do not divide over the mesh.
+    """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     model = nnx.merge(graph, abstract)
     dtype = jnp.dtype(dtype or model.compute.dtype)
-    attention = [group.attention for group in model.cfg.groups]
-    heads = [(a.num_kv_heads, a.num_heads // a.num_kv_heads) for a in attention]
+    heads = [(g.attention.num_kv_heads, g.attention.num_heads // g.attention.num_kv_heads) for g in model.cfg.groups]
     mesh, rules = inference_layout(mesh, heads, batch_size, rules)
-    parts = math.prod(mesh.shape[axis] for axis in rules.slots)
-    slots = -(-slots // parts) * parts
-
     axes = logical_axes(model)
     shapes = jax.tree.map(
         lambda s, place, names: jax.ShapeDtypeStruct(s.shape, used_dtype(names, dtype), sharding=place),
@@ -127,13 +155,33 @@ def _generator(graph, variables, mesh, batch_size, slots, dtype=None, rules=INFE
         shardings(abstract, axes, mesh, rules),
         axes,
     )
+    return Placed(model, shapes, mesh, rules, dtype)
+
+
+def _generator(graph, variables, mesh, batch_size, slots, dtype=None, rules=INFERENCE) -> Generator:
+    there = placed(graph, variables, mesh, batch_size, dtype, rules)
+    model, mesh, rules, dtype = there.model, there.mesh, there.rules, there.dtype
+    layout, num_groups = page_layout(mesh, rules, slots), len(model.cfg.groups)
     cache_shapes = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        jax.eval_shape(lambda: model.empty_cache(batch_size, slots, dtype, parts=parts)),
-        cache_shardings(len(attention), mesh, rules),
+        jax.eval_shape(lambda: model.empty_cache(batch_size, slots, dtype, **layout)),
+        cache_shardings(num_groups, mesh, rules),
     )
-    programs = _programs(graph, mesh, rules, slots, dtype, len(attention))
-    return Generator(*programs, shapes=shapes, cache_shapes=cache_shapes, mesh=mesh, rules=rules)
+    programs = _programs(graph, mesh, rules, slots, dtype, num_groups)
+    return Generator(*programs, placed=there, cache_shapes=cache_shapes)
+
+
+def page_layout(mesh: Mesh, rules: Rules, slots: int) -> dict[str, Any]:
+    """How a cache for rows of ``slots`` positions is laid out on a mesh; few positions, small pages."""
+    parts = tuple(math.prod(mesh.shape[axis] for axis in axes) for axes in (rules.batch, rules.slots))
+    # A row wastes less than a page: at most a sixteenth of what it has, but that tiles of a TPU in bfloat16 hold 16.
+    part = 1 << (slots // (16 * parts[1])).bit_length() >> 1
+    return {"page_size": min(PAGE_SIZE, max(part, 16)), "parts": parts, "lanes": lanes_of(mesh)}
+
+
+def lanes_of(mesh: Mesh) -> int:
+    """What the width of a head is filled up to a multiple of, in a cache."""
+    return 128 if mesh.devices.flat[0].platform == "tpu" else 1
 
 
 def used_dtype(axes: tuple[str, ...], dtype: Any) -> Any:
@@ -151,12 +199,11 @@ def _programs(graph: Any, mesh: Mesh, rules: Rules, slots: int, dtype: Any, num_
 
     def prefill(params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"]) -> tuple[Any, Cache]:
         B, T = tokens_BT.shape
-        parts = math.prod(mesh.shape[axis] for axis in rules.slots)
         over = math.prod(mesh.shape[axis] for axis in rules.length)
         with use_mesh(mesh, rules if T % over == 0 else dataclasses.replace(rules, length=())):
             model = nnx.merge(graph, params)
             documents = Documents(ids_BT, jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
-            empty = model.empty_cache(B, slots, dtype, parts=parts)
+            empty = model.empty_cache(B, slots, dtype, **page_layout(mesh, rules, slots))
             out = model(tokens_BT, documents, cache=empty, cache_is_empty=True)
             last_B = out.cache.lengths_B - 1
             last = jax.tree.map(lambda x: x[jnp.arange(len(x)), last_B][:, None], (out.hidden_BTD, out.copy))

@@ -15,20 +15,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.nn.attention import Attention, AttentionConfig
-from dsjax.nn.cache import Cache, LayerCache, append, slots_of, written
+from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, append, check_slots, empty_group, slots_of, written
 from dsjax.nn.history import Copy, CopyConfig, CopyHead, History, NgramConfig, NgramEmbedding, longest_match
 from dsjax.nn.masks import Documents, Leaf
 from dsjax.nn.mlp import MLPConfig
-from dsjax.nn.moe import MoE, MoEConfig
+from dsjax.nn.moe import DynamicCapacity, MoE, MoEConfig
 from dsjax.nn.norm import RMSNorm
 from dsjax.nn.rope import rope_angles
-from dsjax.nn.router import RouterStats
-from dsjax.sharding import Rules, param, shard, stack_layers
+from dsjax.nn.router import RouterStats, RouterSums
+from dsjax.sharding import param, shard, stack_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +79,19 @@ class DecoderConfig:
             raise UserError(
                 f"groups differ in (rope_theta, head_dim), {sorted(thetas)}; all layers share one rotary table"
             )
+        if len(self._dynamic_capacities()) > 1:
+            raise UserError("groups differ in their dynamic ffn.capacity; one controller chooses for all layers")
+
+    def experts(self) -> dict[str, MoEConfig]:
+        """The layer groups of experts, by name."""
+        return {f"group_{i}": g.ffn for i, g in enumerate(self.groups) if isinstance(g.ffn, MoEConfig)}
+
+    def _dynamic_capacities(self) -> set[DynamicCapacity]:
+        return {moe.capacity for moe in self.experts().values() if isinstance(moe.capacity, DynamicCapacity)}
+
+    def dynamic_capacity(self) -> DynamicCapacity | None:
+        """What chooses the capacity factor of the layers that have a dynamic one, if there are such."""
+        return next(iter(self._dynamic_capacities()), None)
 
     def sized_groups(self) -> tuple[tuple[LayerGroup, int], ...]:
         """Each group with its number of layers."""
@@ -189,7 +201,7 @@ class DecoderOutput:
     copy: Copy | None
 
     @property
-    def loads(self) -> dict[str, Float[Array, "L E"]]:
+    def loads(self) -> dict[str, Int[Array, "L E"]]:
         """By group of experts: the (token, expert) pairs that each expert of each layer received."""
         return {name: stats.load_E for name, stats in self.router.items()}
 
@@ -206,12 +218,13 @@ class Block(nnx.Module):
         self.ffn = group.ffn.make(cfg.d_model, out_scale=out_scale, rngs=rngs)
         self.is_moe = isinstance(group.ffn, MoEConfig)
 
-    def __call__(self, x_BTD, *, documents, positions_BT, rope, depth, cache=None, lengths_B=None, stack=None):
+    def __call__(self, x_BTD, *, documents, positions_BT, rope, depth, cache=None, lengths_B=None):
         """One layer.
 
-        Of the model's layers it is number ``depth``, or one that sees the same. ``stack``: the caches of the whole
-        stack of layers, and which of them this is; then the experts' weights are given for the whole stack, too.
+        Of the model's layers it is number ``depth``, or one that sees the same. With a cache, which has the pages of
+        the whole stack of layers, the experts' weights are given for the whole stack, too.
         """
+        number = None if cache is None else cache.number
         with jax.named_scope("attention"):
             y_BTD, cache = self.attention(
                 self.attention_norm(x_BTD),
@@ -221,13 +234,12 @@ class Block(nnx.Module):
                 cache=cache,
                 lengths_B=lengths_B,
                 layer=depth,
-                stack=stack,
             )
             x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
         with jax.named_scope("ffn"):
             h_BTD, stats = self.ffn_norm(x_BTD), None
             if self.is_moe:
-                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32), layer=stack and stack[1])
+                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32), layer=number)
             else:
                 y_BTD = self.ffn(h_BTD)
             x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
@@ -314,7 +326,7 @@ class Decoder(nnx.Module):
                 whole = {name: weights["ffn"].pop(name) for name in MoE.EXPERTS}
 
         def layer(depth, x_BTD, scanned):
-            weights, layer_cache, number = scanned
+            weights, state, number = scanned
             if whole:
                 weights = weights | {"ffn": weights["ffn"] | whole}
             x_BTD, new, stats = nnx.merge(graph, weights)(
@@ -323,9 +335,10 @@ class Decoder(nnx.Module):
                 positions_BT=history.positions_BT,
                 rope=rope,
                 depth=depth,
-                cache=layer_cache,
+                cache=None
+                if old is None
+                else LayerCache(old.pages, number, state, attention.cache_size(history.tokens_BS.shape[1])[0]),
                 lengths_B=lengths_B,
-                stack=None if old is None else (old, number),
             )
             return x_BTD, (new, stats)
 
@@ -335,33 +348,28 @@ class Decoder(nnx.Module):
         turn = depths[: len(attention.masks())]  # what layers see repeats with it
         layers = [functools.partial(layer, depth) for depth in turn]
         run = _unrolled if self.compute.unroll else functools.partial(_scanned, differentiable=cache is None)
-        x_BTD, (new, stats) = run(layers, x_BTD, (weights, old, numbers), len(depths), wrap)
+        x_BTD, (new, stats) = run(layers, x_BTD, (weights, old and old.state, numbers), len(depths), wrap)
         if old is None:
             return x_BTD, None, stats
-        slots_PBT = None
+        slots_NBT = None
         if lengths_B is not None:
             new_B = jnp.sum(documents.ids_BT > 0, axis=1)
             T = x_BTD.shape[1]
-            slots_PBT = jnp.stack([slots_of(attention.mask(depth), lengths_B, T, new_B) for depth in turn])
-        return x_BTD, written(old, new, slots_PBT), stats
+            slots_NBT = jnp.stack([slots_of(attention.mask(depth), lengths_B, T, new_B) for depth in turn])
+        return x_BTD, written(old, new, slots_NBT), stats
 
     def _auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
         losses: dict[str, Any] = {}
-        for name, stats in router.items():
-            ffn = self.cfg.groups[int(name.removeprefix("group_"))].ffn
-            assert isinstance(ffn, MoEConfig)
-            terms = (("balance", ffn.balance_coef, stats.balance_loss), ("router_z", ffn.z_coef, stats.z_loss))
-            for loss, coef, value_L in terms:
-                if coef:
-                    losses[loss] = losses.get(loss, 0.0) + coef * jnp.mean(value_L)
+        for name, moe in self.cfg.experts().items():
+            for loss, weight in moe.loss_weights().items():
+                losses[loss] = losses.get(loss, 0.0) + weight * jnp.mean(router[name].losses[loss])
         return losses
 
-    def moved_buffers(self, loads: dict[str, Float[Array, "L E"]]) -> dict[str, Any]:
-        """All buffers behind a step in which experts received ``loads`` (see :attr:`DecoderOutput.loads`)."""
+    def moved_buffers(self, router: dict[str, RouterSums]) -> dict[str, Any]:
+        """All buffers behind a step whose whole batch has these sums, by group of experts."""
         moved = {}
-        for index, group in enumerate(self.cfg.groups):
-            name = f"group_{index}"
-            if isinstance(group.ffn, MoEConfig) and (buffers := getattr(self, name).ffn.moved_buffers(loads[name])):
+        for name, sums in router.items():
+            if buffers := getattr(self, name).ffn.moved_buffers(sums):
                 moved[name] = {"ffn": buffers}
         return moved
 
@@ -378,30 +386,30 @@ class Decoder(nnx.Module):
             logits_BTV = logits_BTV + jnp.where(chosen_BTV, out.copy.bonus_BT[..., None], 0)
         return shard(logits_BTV, "batch", "length", "vocab")
 
-    def empty_cache(self, batch: int, slots: int, dtype: Any = None, *, parts: int = 1) -> Cache:
-        """A cache for ``batch`` sequences of up to ``slots`` positions; what a row keeps divides over ``parts``."""
-        dtype = dtype or self.compute.dtype
-        groups = []
-        for g, num_layers in self.cfg.sized_groups():
-            a = g.attention
-            kept, sums = a.cache_size(slots)
-            kv = jnp.zeros((num_layers, batch, -(-kept // parts) * parts, a.num_kv_heads, a.head_dim), dtype)
-            conv = jnp.zeros((num_layers, batch, max(a.conv_taps - 1, 0), self.cfg.d_model), dtype)
-            tail_sums = jnp.zeros((num_layers, batch, sums, a.num_kv_heads, a.head_dim), jnp.float32)
-            groups.append(LayerCache(kv, kv, conv, tail_sums))
+    def empty_cache(
+        self,
+        batch: int,
+        slots: int,
+        dtype: Any = None,
+        *,
+        page_size: int = PAGE_SIZE,
+        parts: tuple[int, int] = (1, 1),
+        lanes: int = 1,
+        pools: Sequence[int] | None = None,
+    ) -> Cache:
+        """A cache for ``batch`` sequences of up to ``slots`` positions (see :func:`dsjax.nn.cache.empty_pages`).
+
+        ``pools``: of each group, the pages of a device's pool, which no sequence owns yet.
+        """
+        dtype, groups = dtype or self.compute.dtype, []
+        for index, (g, num_layers) in enumerate(self.cfg.sized_groups()):
+            a, pool = g.attention, None if pools is None else pools[index]
+            check_slots(a.masks())
+            conv = (max(a.conv_taps - 1, 0), self.cfg.d_model)
+            layout: dict[str, Any] = {"page_size": page_size, "parts": parts, "lanes": lanes, "pool": pool}
+            sizes = (a.cache_size(slots), (a.num_kv_heads, a.head_dim), conv)
+            groups.append(empty_group(num_layers, batch, *sizes, dtype, **layout))
         return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32))
-
-
-def cache_shardings(num_groups: int, mesh: Mesh, rules: Rules) -> Cache:
-    """Where each array of :meth:`Decoder.empty_cache` lives."""
-
-    def place(*axes: str | None) -> NamedSharding:
-        return NamedSharding(mesh, rules.spec(*axes))
-
-    kv = place("layers", "batch", "slots", "kv_heads", None)
-    sums = place("layers", "batch", None, "kv_heads", None)
-    group = LayerCache(kv, kv, place("layers", "batch", None, None), sums)
-    return Cache((group,) * num_groups, place("batch"), place("batch", None))
 
 
 def _history(tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | None) -> tuple[History, Cache | None]:

@@ -1,43 +1,193 @@
-"""The decode cache: keys and values of what has been computed, lengths once for all layers.
+"""The decode cache: keys and values of what has been computed, in pages of a pool; lengths once for all layers.
 
-Full attention keeps position p in slot p. Segmented attention keeps the tails of all segments and, of the open segment,
-what stands before its tail, its *head*: the W - w first slots are those of the head, used anew by each segment, and
-behind them stands tail after tail. That is S w / W + W - w slots for S positions. Which position a slot holds, and into
-which slot a position goes, is arithmetic with the lengths (:func:`held_positions`, :func:`slots_of`).
+Slots. Full attention keeps position p in slot p. Segmented attention keeps the tails of all segments and, of the open
+segment, what stands before its tail, its *head*: the W - w first slots are those of the head, used anew by each
+segment, and behind them stands tail after tail. That is S w / W + W - w slots for S positions. Which position a slot
+holds, and into which slot a position goes, is arithmetic with the lengths (:func:`held_positions`, :func:`slots_of`).
+
+Pages. Slot s of a row lies in slot s % P of the page that the row's table has for logical page s // P. Who hands out
+pages fills the tables in (:mod:`dsjax.infer.pages`); rows of a fixed length own all pages from the start, in order.
+On a mesh each device has a pool of its own for the rows and the slots that are its: logical page j lies with device j
+modulo the devices that share a row, and the numbers in tables are those of the device's own pool.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsjax.nn.masks import AttentionMask, Leaf
-from dsjax.sharding import current_mesh, map_shards
+from dsjax.config import UserError
+from dsjax.nn.masks import AttentionMask, ByHead, Leaf
+from dsjax.sharding import Rules, current_mesh, map_shards
+from pallas_kernels.paged_attention import NEVER
 from pallas_kernels.segmented_attention import Segments
 from pallas_kernels.segmented_attention.selection import cut, tails
+
+PAGE_SIZE = 64  # slots
+POOL = ("layers", "pages", "kv_heads", None, None)  # logical axes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """What one layer keeps (a group of layers: one more leading dimension), S slots a row.
+class Pages:
+    """Keys and values of a group of layers.
 
     Attributes:
-        k_BSKH, v_BSKH: keys and values.
+        k_LMKPH, v_LMKPH: M pages of P slots in each of L layers; finite numbers. Heads may be filled up with zeros.
+        table_BJ: the page of each logical page of a row, the same in all layers; -1: it has none.
+    """
+
+    k_LMKPH: Leaf
+    v_LMKPH: Leaf
+    table_BJ: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowState:
+    """What else a layer keeps of a row (a group of layers: one more leading dimension), of a fixed size.
+
+    Attributes:
         conv_BCD: inputs of the last C positions, for a short convolution (C is 0 without one).
         tail_sums_BJKH: the sum of each tail's keys, float32, by which a position chooses what it looks at (J is 0
             where it does not choose).
     """
 
-    k_BSKH: Leaf
-    v_BSKH: Leaf
     conv_BCD: Leaf
     tail_sums_BJKH: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupCache:
+    """What a group of layers keeps, stacked over them."""
+
+    pages: Pages
+    state: RowState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What one layer looks at: the pages of its group, its number among the layers of the group, its own state.
+
+    ``slots``: those that a row can use; its pages may have a few more.
+    """
+
+    pages: Pages
+    number: Leaf
+    state: RowState
+    slots: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a layer made of T new positions (a group: stacked): keys, values, and its state behind them.
+
+    Of a cache that held nothing ``k_BTKH`` and ``v_BTKH`` are all its pages instead, (M, K, P, H).
+    """
+
+    k_BTKH: Leaf
+    v_BTKH: Leaf
+    state: RowState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """All layers' caches by group, and how many positions of each row are filled.
+
+    Attributes:
+        groups: one :class:`GroupCache` for each layer group.
+        lengths_B: positions of each row that are filled; what lies behind them is never seen.
+        tokens_BS: the token of each position, for what looks tokens up.
+    """
+
+    groups: tuple[GroupCache, ...]
+    lengths_B: Leaf
+    tokens_BS: Leaf
+
+
+def empty_pages(
+    num_layers: int,
+    batch: int,
+    slots: int,
+    heads: tuple[int, int],
+    dtype: Any,
+    *,
+    page_size: int = PAGE_SIZE,
+    parts: tuple[int, int] = (1, 1),
+    lanes: int = 1,
+    pool: int | None = None,
+) -> Pages:
+    """Pages for rows of up to ``slots`` slots.
+
+    Args:
+        num_layers: L.
+        batch: rows.
+        slots: of a row, at least.
+        heads: key/value heads, and their width.
+        dtype: of keys and values.
+        page_size: slots of a page.
+        parts: devices over which rows are cut, and over which the slots of a row are.
+        lanes: heads are filled up to a multiple of this. On a TPU 128: else it would lay the pages of a pool out as
+            the numbers of a row, and bring all of it into the kernel's layout each time.
+        pool: pages of the pool of each device, which no row owns yet; None: as many as all rows can use, and each row
+            owns its own, in order.
+    """
+    rows, columns = batch // parts[0], -(-slots // (page_size * parts[1]))  # of one device
+    if pool is None:
+        table_BJ = (jnp.arange(batch) % rows * columns)[:, None] + jnp.arange(columns * parts[1]) % columns
+    else:
+        table_BJ = jnp.full((batch, columns * parts[1]), -1)
+    own = rows * columns if pool is None else pool
+    kv = jnp.zeros((num_layers, own * math.prod(parts), heads[0], page_size, -(-heads[1] // lanes) * lanes), dtype)
+    return Pages(kv, kv, table_BJ.astype(jnp.int32))
+
+
+def empty_group(
+    num_layers: int,
+    batch: int,
+    size: tuple[int, int],
+    heads: tuple[int, int],
+    conv: tuple[int, int],
+    dtype: Any,
+    **layout: Any,
+) -> GroupCache:
+    """The cache of a group of layers that holds nothing.
+
+    Args:
+        num_layers: L.
+        batch: rows.
+        size: slots of a row, and sums of its tails.
+        heads: key/value heads, and their width.
+        conv: positions that a short convolution needs, and the width of its input.
+        dtype: of all but the sums.
+        layout: see :func:`empty_pages`.
+    """
+    pages = empty_pages(num_layers, batch, size[0], heads, dtype, **layout)
+    sums = jnp.zeros((num_layers, batch, size[1], *heads), jnp.float32)
+    return GroupCache(pages, RowState(jnp.zeros((num_layers, batch, *conv), dtype), sums))
+
+
+def cache_shardings(num_groups: int, mesh: Mesh, rules: Rules) -> Cache:
+    """Where each array of a cache lives."""
+
+    def place(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, rules.spec(*axes))
+
+    sums, pool = place("layers", "batch", None, "kv_heads", None), place(*POOL)
+    state = RowState(place("layers", "batch", None, None), sums)
+    group = GroupCache(Pages(pool, pool, place("batch", "slots")), state)
+    return Cache((group,) * num_groups, place("batch"), place("batch", None))
 
 
 # ---------------------------------------------------------------- slots
@@ -57,29 +207,45 @@ def num_slots(mask: AttentionMask, length: int) -> int:
     return length
 
 
-def held_positions(mask: AttentionMask, num_slots: int, lengths_B: Int[Array, B]) -> Int[Array, "B S"]:
-    """The position that each slot holds, of ``lengths_B`` that have been written; -1: none."""
-    slot_S, length_B1 = jnp.arange(num_slots), lengths_B[:, None]
-    position_BS = jnp.broadcast_to(slot_S, (len(lengths_B), num_slots))
+def check_slots(masks: Iterable[AttentionMask]) -> None:
+    """Raises UserError where a slot would hold another position for each head, which is not done yet."""
+    if any(isinstance(mask, ByHead) for mask in masks):
+        raise UserError(
+            'attention.segmented.shift is "heads", for which there is no decode cache yet; take "alternate"'
+        )
+
+
+def held_positions(mask: AttentionMask, slots: Int[Array, ...], lengths: Int[Array, ...]) -> Int[Array, ...]:
+    """The position that each slot holds, of ``lengths`` that have been written (both are broadcast); NEVER: none."""
+    position = slots
     if isinstance(mask, Segments):
         W, w, head = mask.size, mask.window, mask.size - mask.window
-        in_head_BS = mask.of(length_B1 - 1) * W + slot_S
-        in_tail_S = (slot_S - head) // max(w, 1) * W + head + (slot_S - head) % max(w, 1)
-        position_BS = jnp.where(slot_S < head, in_head_BS, in_tail_S) - mask.shift
-    return jnp.where((position_BS >= 0) & (position_BS < length_B1), position_BS, -1)
+        in_head = mask.of(lengths - 1) * W + slots
+        in_tail = (slots - head) // w * W + head + (slots - head) % w if w else NEVER
+        position = jnp.where(slots < head, in_head, in_tail) - mask.shift
+    return jnp.where((position >= 0) & (position < lengths), position, NEVER)
 
 
 def slots_of(mask: AttentionMask, lengths_B: Int[Array, B], num_new: int, real_B: Int[Array, B]) -> Int[Array, "B T"]:
     """The slot of each of ``num_new`` positions behind ``lengths_B``, of which ``real_B`` count; -1: it is not kept."""
     position_BT = lengths_B[:, None] + jnp.arange(num_new)
-    if not isinstance(mask, Segments):
-        return position_BT  # what does not count stands behind all that does: it is never seen, and written over
-    W, w, head = mask.size, mask.window, mask.size - mask.window
     last_B1 = (lengths_B + real_B)[:, None] - 1
-    offset_BT, segment_BT = (position_BT + mask.shift) % W, mask.of(position_BT)
-    kept_BT = (position_BT <= last_B1) & ((offset_BT >= head) | (segment_BT == mask.of(last_B1)))
-    slot_BT = jnp.where(offset_BT < head, offset_BT, offset_BT + segment_BT * w)
+    kept_BT, slot_BT = position_BT <= last_B1, position_BT
+    if isinstance(mask, Segments):
+        W, w, head = mask.size, mask.window, mask.size - mask.window
+        offset_BT, segment_BT = (position_BT + mask.shift) % W, mask.of(position_BT)
+        kept_BT &= (offset_BT >= head) | (segment_BT == mask.of(last_B1))
+        slot_BT = jnp.where(offset_BT < head, offset_BT, offset_BT + segment_BT * w)
     return jnp.where(kept_BT, slot_BT, -1)
+
+
+def own_part() -> tuple[Array | int, int]:
+    """Inside a :func:`map_shards`: which of the devices that share a row's slots this one is, and how many do."""
+    current = current_mesh()
+    axes = () if current is None else current[1].slots
+    if current is None or not axes:
+        return 0, 1
+    return jax.lax.axis_index(axes), math.prod(current[0].shape[axis] for axis in axes)
 
 
 # ---------------------------------------------------------------- writing
@@ -97,26 +263,27 @@ def append(
 
 
 def filled(
-    new_BTKH: Float[Array, "B T K H"], mask: AttentionMask, num_slots: int, lengths_B: Int[Array, B]
-) -> Float[Array, "B S K H"]:
-    """The slots of one layer that held nothing, with what is kept of the first ``lengths_B`` of T positions.
+    new_BTKH: Float[Array, "B T K H"], mask: AttentionMask, pages: Pages, lengths_B: Int[Array, B]
+) -> Float[Array, "M K P H"]:
+    """One layer's pages of rows that own theirs in order, with what is kept of the first ``lengths_B`` of T positions.
 
-    Each device makes its own slots. What does not fit is dropped.
+    Each device makes its own. What does not fit is dropped.
     """
+    P, columns = pages.k_LMKPH.shape[3], pages.table_BJ.shape[1]
 
     def fill(new_bTkH, lengths_b):
-        all_bSkH = new_bTkH
+        all_bSkH, (b, _, *kH) = new_bTkH, new_bTkH.shape
         if isinstance(mask, Segments):
-            head, (b, _, *kH) = mask.size - mask.window, new_bTkH.shape
+            head = mask.size - mask.window
             cut_bJWkH = cut(new_bTkH, mask)
             head_bSkH = cut_bJWkH[jnp.arange(b), mask.of(lengths_b - 1), :head]
             all_bSkH = jnp.concatenate([head_bSkH, cut_bJWkH[:, :, head:].reshape(b, -1, *kH)], axis=1)
-        all_bSkH = _resized(all_bSkH, num_slots)
-        first, num_own = _own_slots(num_slots)
-        return jax.lax.dynamic_slice_in_dim(all_bSkH, first, num_own, axis=1)
+        part, parts = own_part()
+        all_bJpPkH = _resized(all_bSkH, columns * P).reshape(b, columns // parts, parts, P, *kH)
+        own_bJPkH = jax.lax.dynamic_index_in_dim(all_bJpPkH, part, axis=2, keepdims=False)
+        return own_bJPkH.swapaxes(2, 3).reshape(-1, kH[0], P, kH[1])
 
-    new, cache = ("batch", None, "kv_heads", None), ("batch", "slots", "kv_heads", None)
-    return map_shards(fill, (new, ("batch",)), cache)(new_BTKH, lengths_B)
+    return map_shards(fill, (("batch", None, "kv_heads", None), ("batch",)), POOL[1:])(new_BTKH, lengths_B)
 
 
 def tail_sums(
@@ -134,86 +301,51 @@ def _resized(x_BS: Array, size: int) -> Array:
     return jnp.pad(x_BS, widths)[:, :size]
 
 
-def _own_slots(num_slots: int) -> tuple[jax.Array | int, int]:
-    """Inside a :func:`map_shards`: the first slot of this device, and how many it has of ``num_slots``."""
-    current = current_mesh()
-    axes = () if current is None else current[1].slots
-    if current is None or not axes:
-        return 0, num_slots
-    num_own = num_slots // math.prod(current[0].shape[axis] for axis in axes)
-    return jax.lax.axis_index(axes) * num_own, num_own
-
-
-def written(cache: LayerCache, new: LayerCache, slots_PBT: Int[Array, "P B T"] | None) -> LayerCache:
-    """The cache of a stack of layers with what all of them made of T new positions.
+def written(old: GroupCache, made: Made, slots_NBT: Int[Array, "N B T"] | None) -> GroupCache:
+    """The cache of a group of layers with what all of them made of T new positions.
 
     At once and behind the last layer: if it is written in the loop over layers, a TPU copies all of it for each.
 
     Args:
-        cache: (L, B, S, K, H).
-        new: (L, B, T, K, H), stacked over the layers; what is no slot takes the place of the old.
-        slots_PBT: where the positions go, -1: nowhere; layer l has slots l modulo P. None: ``new`` is the cache.
+        old: the cache before.
+        made: stacked over the layers.
+        slots_NBT: where the positions go, -1: nowhere; layer l has slots l modulo N. None: ``made`` holds all pages.
     """
-    if slots_PBT is None:
-        return new
-    k_LBSKH, v_LBSKH = (
-        write_slots(old, made, slots_PBT) for old, made in ((cache.k_BSKH, new.k_BSKH), (cache.v_BSKH, new.v_BSKH))
+    pages = old.pages
+    if slots_NBT is None:
+        return GroupCache(Pages(made.k_BTKH, made.v_BTKH, pages.table_BJ), made.state)
+    k_LMKPH, v_LMKPH = (
+        write_slots(pool, new, pages.table_BJ, slots_NBT)
+        for pool, new in ((pages.k_LMKPH, made.k_BTKH), (pages.v_LMKPH, made.v_BTKH))
     )
-    return dataclasses.replace(new, k_BSKH=k_LBSKH, v_BSKH=v_LBSKH)
+    return GroupCache(Pages(k_LMKPH, v_LMKPH, pages.table_BJ), made.state)
 
 
 def write_slots(
-    cache_LBSKH: Float[Array, "L B S K H"], new_LBTKH: Float[Array, "L B T K H"], slots_PBT: Int[Array, "P B T"]
-) -> Float[Array, "L B S K H"]:
-    """T new positions of each row in their slots, those of layer l in ``slots_PBT[l % P]``.
+    pool_LMKPH: Float[Array, "L M K P H"],
+    new_LBTKH: Float[Array, "L B T K H"],
+    table_BJ: Int[Array, "B J"],
+    slots_NBT: Int[Array, "N B T"],
+) -> Float[Array, "L M K P H"]:
+    """T new positions of each row in their slots, those of layer l in ``slots_NBT[l % N]``.
 
-    Only those are written, so that a cache that is given away is changed in place. Each device writes what lies in
-    its own slots. What does not fit is dropped.
-    """
-    P, num_slots = len(slots_PBT), cache_LBSKH.shape[2]
-    place_L = jnp.arange(len(cache_LBSKH)) % P
-
-    def write(cache_LbskH, new_LbTkH, slots_PbT):
-        b, T = new_LbTkH.shape[1:3]
-        first, num_own = _own_slots(num_slots)
-        slots_PbT = slots_PbT - first
-        if T == 1:  # a scatter makes a TPU bring the whole cache into another layout and back
-            return jax.lax.fori_loop(0, b, functools.partial(write_row, new_LbTkH, slots_PbT), cache_LbskH)
-        slots_PbT = jnp.where(slots_PbT < 0, num_own, slots_PbT)  # a negative index would count from the end
-        row_b1 = jnp.arange(b)[:, None]
-        if P == 1:
-            at = cache_LbskH.at[:, row_b1, slots_PbT[0]]
-        else:
-            at = cache_LbskH.at[jnp.arange(place_L.size)[:, None, None], row_b1, slots_PbT[place_L]]
-        return at.set(new_LbTkH, mode="drop", unique_indices=True)
-
-    def write_row(new_LbTkH, slots_PbT, row, cache_LbskH):
-        num_own = cache_LbskH.shape[2]
-        new_LbTkH = jax.lax.dynamic_slice_in_dim(new_LbTkH, row, 1, axis=1)
-        for place in range(P):
-            slot = slots_PbT[place, row, 0]
-            at = (0, row, jnp.clip(slot, 0, num_own - 1), 0, 0)
-            old = jax.lax.dynamic_slice(cache_LbskH, at, new_LbTkH.shape)
-            here_L = (slot >= 0) & (slot < num_own) & (place_L == place)
-            new = jnp.where(here_L[:, None, None, None, None], new_LbTkH, old)
-            cache_LbskH = jax.lax.dynamic_update_slice(cache_LbskH, new, at)
-        return cache_LbskH
-
-    cache, new = ("layers", "batch", "slots", "kv_heads", None), ("layers", "batch", None, "kv_heads", None)
-    return map_shards(write, (cache, new, (None, "batch", None)), cache)(cache_LBSKH, new_LBTKH, slots_PBT)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """All layers' caches by group, and how many positions of each row are filled.
-
-    Attributes:
-        groups: one :class:`LayerCache` for each layer group, stacked over its layers.
-        lengths_B: filled slots; what lies behind them is never seen.
-        tokens_BS: the token of each slot, for what looks tokens up.
+    Only those are written, so that a pool that is given away is changed in place. Each device writes what lies in its
+    own pages. What has no page is dropped.
     """
 
-    groups: tuple[LayerCache, ...]
-    lengths_B: Leaf
-    tokens_BS: Leaf
+    def write(pool_LmkPH, new_LbTkH, table_bj, slots_NbT):
+        (L, m, k, P, H), columns, (part, parts) = pool_LmkPH.shape, table_bj.shape[1], own_part()
+        logical_NbT = slots_NbT // P
+        column_NbT = jnp.where(logical_NbT % parts == part, logical_NbT // parts, columns)
+        found = jnp.take_along_axis(table_bj[None], jnp.clip(column_NbT, 0, columns - 1), axis=2)
+        page_NbT = jnp.where((slots_NbT >= 0) & (column_NbT < columns), found, -1)
+        layer_L = jnp.arange(L)
+        page_LbT, slot_LbT = (x_NbT[layer_L % len(slots_NbT)] for x_NbT in (page_NbT, slots_NbT % P))
+        # As rows of one matrix: in its own shape a TPU would bring the pool into another layout and back.
+        row_LbTk = ((layer_L[:, None, None] * m + page_LbT)[..., None] * k + jnp.arange(k)) * P + slot_LbT[..., None]
+        row_LbTk = jnp.where((page_LbT >= 0)[..., None], row_LbTk, L * m * k * P)
+        rows = pool_LmkPH.reshape(-1, H).at[row_LbTk.reshape(-1)]
+        return rows.set(new_LbTkH.reshape(-1, H), mode="drop", unique_indices=False).reshape(pool_LmkPH.shape)
+
+    axes = (POOL, ("layers", "batch", None, "kv_heads", None), ("batch", "slots"), (None, "batch", None))
+    return map_shards(write, axes, POOL)(pool_LMKPH, new_LBTKH, table_BJ, slots_NBT)

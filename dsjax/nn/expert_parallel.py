@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsjax.config import UserError
+from dsjax.nn.exchange import bring_back, make_hop, send
+from dsjax.nn.placement import Placement, Weights
 from dsjax.sharding import current_mesh
-from pallas_kernels.expert_dispatch import Choice, combine, plan_dispatch
-from pallas_kernels.grouped_matmul import expert_swiglu
+from pallas_kernels.expert_dispatch import Choice, Plan, combine, dispatch, plan_dispatch
+from pallas_kernels.grouped_matmul import expert_swiglu, grouped_swiglu
 
 
 def apply_experts(
@@ -21,6 +27,8 @@ def apply_experts(
     *,
     layer: Int[Array, ""] | None = None,
     capacity: int | None = None,
+    num_sequences: int = 1,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "T D"], Int[Array, " E"]]:
     """The routed experts' weighted outputs, inside a :func:`dsjax.sharding.map_shards`, of each device's own tokens.
 
@@ -29,40 +37,120 @@ def apply_experts(
             same ones.
         choice: of these tokens, among all E experts.
         weights_TX: what each choice counts.
-        w_gate_eDF, w_up_eDF, w_down_eFD: of this device's experts.
+        w_gate_eDF, w_up_eDF, w_down_eFD: of this device's experts, or, with a placement, of its slots.
         layer: the weights are those of a stack of layers, of which this is number ``layer``.
         capacity: of all pairs of the whole batch that chose an expert, the first ``capacity`` go to it (by token, in
             the order of the batch) and the others nowhere; None: all.
+        num_sequences: of the batch that the tokens are of, one behind the other: with a capacity, a mesh that cuts
+            sequences needs to know.
+        placement: of experts that have several places; weights may be given as those of the experts, then the
+            replicas' are fetched from the devices that have them.
 
     Returns:
         The outputs, and how many pairs each of the E experts took, over all devices.
     """
-    current, experts_TX = current_mesh(), choice.experts_TX
-    counts_E, limit_E = choice.counts_E, None
-    if capacity is not None:
-        limit_E = jnp.full_like(counts_E, capacity)
-    cut: tuple[str, ...] = ()
-    whole: tuple[str, ...] = ()
-    if current is not None:
-        assert capacity is None, "not yet"
-        rules = current[1]
-        cut = tuple(axis for axis in rules.expert if axis in rules.batch)
-        whole = tuple(axis for axis in rules.expert if axis not in rules.batch)
-        counts_E = jax.lax.psum(counts_E, (*rules.batch, *rules.length))
-        if cut:
-            x_TD, experts_TX, weights_TX = (
-                jax.lax.all_gather(a, cut, axis=0, tiled=True) for a in (x_TD, experts_TX, weights_TX)
-            )
-        experts_TX = experts_TX - jax.lax.axis_index(rules.expert) * w_gate_eDF.shape[-3]
-    kept_E = counts_E if limit_E is None else jnp.minimum(counts_E, limit_E)
+    axes = _axes("expert")
+    cut = bool(axes) and set(axes) <= set(_axes("batch"))
+    limit_E, kept_E = _limits(choice, capacity, num_sequences)
+    weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
+    if placement is not None:
+        weights, layer = placement.weights_of_device(weights, tuple(axes), layer)
+        token_axes = (*_axes("batch"), *_axes("length"))
+        shift = jax.lax.axis_index(token_axes) if token_axes else 0
+        choice, limit_E = placement.choice_of_slots(choice, limit_E, shift)
     with jax.named_scope("dispatch"):
-        plan = plan_dispatch(experts_TX, w_gate_eDF.shape[-3], limit_E=limit_E)
-    with jax.named_scope("experts"):
-        y_RD = expert_swiglu(x_TD, w_gate_eDF, w_up_eDF, w_down_eFD, plan, layer=layer)
+        plan = _plan(choice, limit_E, {} if cut else axes)
+    if cut:
+        y_RD = _elsewhere(x_TD, plan, weights, layer, axes, capacity)
+    else:
+        with jax.named_scope("experts"):
+            y_RD = expert_swiglu(x_TD, *weights, plan, layer=layer)
     with jax.named_scope("combine"):
         y_TD = combine(y_RD, weights_TX, plan)
-    if current is not None:
-        y_TD = jax.lax.psum(y_TD, (*rules.mlp, *whole))
-        if cut:
-            y_TD = jax.lax.psum_scatter(y_TD, cut, scatter_dimension=0, tiled=True)
+        y_TD = jax.lax.psum(y_TD, (*_axes("mlp"), *(() if cut else axes)))
     return y_TD, kept_E
+
+
+def at_home(replicas_R: Int[Array, " R"], num_experts: int) -> Placement:
+    """Every expert where it is without a placement, and after a device's experts its part of ``replicas_R``.
+
+    Raises:
+        UserError: they do not divide over the devices.
+    """
+    axes, R = _axes("expert"), len(replicas_R)
+    N = math.prod(axes.values())
+    if R % N:
+        over = "*".join(f"{axis}={size}" for axis, size in axes.items())
+        raise UserError(f"num_replicas is {R}; it must divide over the {N} devices of mesh {over}")
+    own_Ne = jnp.arange(num_experts, dtype=jnp.int32).reshape(N, -1)
+    slots_Np = jnp.concatenate([own_Ne, replicas_R.reshape(N, -1)], axis=1)
+    return Placement(slots_Np.reshape(-1), num_experts, home=True)
+
+
+def _elsewhere(
+    x_TD: Any, plan: Plan, weights: Weights, layer: Any, axes: dict[str, int], capacity: int | None
+) -> jax.Array:
+    """What the experts make of this device's rows: there, over one axis after the other, and back."""
+    (T, X), M, hops = plan.row_TX.shape, len(plan.sizes_E), []
+
+    def most(tokens: int) -> int:
+        """Rows of so many tokens that go to M experts: a token chooses none twice."""
+        rows = tokens * min(X, M)
+        return rows if capacity is None else min(rows, M * capacity)
+
+    with jax.named_scope("dispatch"):
+        rows_RD, counts_M = dispatch(x_TD, plan), plan.sizes_E
+        for axis, size in axes.items():
+            M //= size
+            hop = make_hop(counts_M, axis, num_sent=len(rows_RD), num_received=most(T * size), num_slots=most(T))
+            rows_RD, counts_M, T = send(rows_RD, hop), hop.sizes_e, T * size
+            hops.append(hop)
+    with jax.named_scope("experts"):
+        y_RD = grouped_swiglu(rows_RD, *weights, sizes_E=counts_M, layer=layer)
+    with jax.named_scope("combine"):
+        for hop in reversed(hops):
+            y_RD = bring_back(y_RD, hop)
+    return y_RD
+
+
+def _plan(choice: Choice, limit_E: jax.Array | None, axes: dict[str, int]) -> Plan:
+    """Of all experts; or, given axes along which devices have the same rows, of this device's part of them."""
+    num, experts_TX, counts_E = len(choice.counts_E), choice.experts_TX, choice.counts_E
+    if axes:
+        num //= math.prod(axes.values())
+        first = jax.lax.axis_index(tuple(axes)) * num
+        experts_TX, counts_E = experts_TX - first, jax.lax.dynamic_slice_in_dim(counts_E, first, num)
+        limit_E = None if limit_E is None else jax.lax.dynamic_slice_in_dim(limit_E, first, num)
+    return plan_dispatch(experts_TX, num, position_TX=choice.position_TX, counts_E=counts_E, limit_E=limit_E)
+
+
+def _axes(rule: str) -> dict[str, int]:
+    """The mesh axes, and their sizes, that cut what ``rule`` names."""
+    current = current_mesh()
+    if current is None:
+        return {}
+    mesh, rules = current
+    return {axis: mesh.shape[axis] for axis in getattr(rules, rule) if mesh.shape[axis] > 1}
+
+
+def _limits(choice: Choice, capacity: int | None, num_sequences: int) -> tuple[jax.Array | None, jax.Array]:
+    """How many of this device's pairs each expert takes (None: all), and how many it takes over all devices."""
+    batch, length, counts_E = tuple(_axes("batch")), tuple(_axes("length")), choice.counts_E
+    total_E = jax.lax.psum(counts_E, (*batch, *length))
+    if capacity is None:
+        return None, total_E
+    # A batch counts sequence by sequence. Devices hold sequences in the order of the axes that cut the batch, and parts
+    # of each in the order of those that cut its length.
+    counts_CBE = counts_E[None, None]
+    if length:
+        experts_BP = choice.experts_TX.reshape(num_sequences, -1)
+        counts_BE = jnp.sum(experts_BP[..., None] == jnp.arange(len(counts_E)), axis=1, dtype=jnp.int32)
+        counts_CBE = jax.lax.all_gather(counts_BE, length)
+    part = jax.lax.axis_index(length) if length else 0
+    whole_BE = jnp.sum(counts_CBE, axis=0)
+    before_BE = jnp.cumsum(whole_BE, axis=0) - whole_BE + (jnp.cumsum(counts_CBE, axis=0) - counts_CBE)[part]
+    if batch:
+        counts_NE = jax.lax.all_gather(jnp.sum(whole_BE, axis=0), batch)
+        before_BE += (jnp.cumsum(counts_NE, axis=0) - counts_NE)[jax.lax.axis_index(batch)]
+    limit_E = jnp.sum(jnp.clip(capacity - before_BE, 0, counts_CBE[part]), axis=0)
+    return limit_E, jnp.minimum(total_E, capacity)

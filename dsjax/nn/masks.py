@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -48,13 +49,15 @@ class Segmented:
         shift: positions by which the cuts are moved towards the start. ``alternate``: by none in the even layers of the
             model, by w in the odd ones, so that with half a segment two layers see every position between them;
             ``cycle``: by w more in each layer, so that W / w layers do, rounded up. With w = W / 2 that is the same.
+            ``heads``: by w more in each key/value head, and from layer to layer where those go on, so that a layer of
+            W / w such heads sees every position (docs/decisions/0019-shifts-by-head.md).
         top_segments: of the earlier segments a position looks at the first, the previous and this many best ones; none:
             at all.
     """
 
     segment_size: PositiveInt = 1024
     window: NonNegativeInt | None = None
-    shift: Literal["alternate", "cycle"] | NonNegativeInt = "alternate"
+    shift: Literal["alternate", "cycle", "heads"] | NonNegativeInt = "alternate"
     top_segments: NonNegativeInt | None = None
 
     def validate(self) -> None:
@@ -63,16 +66,20 @@ class Segmented:
         if isinstance(self.shift, int) and self.shift >= self.segment_size:
             raise UserError(f"shift is {self.shift}; it must be less than segment_size, {self.segment_size}")
 
-    def layers(self) -> tuple[Segments, ...]:
+    def layers(self, num_kv_heads: int) -> tuple[Segments | ByHead, ...]:
         """What the layers of a model do in turn: layer n what stands at n modulo the length."""
-        W = self.segment_size
+        W, K = self.segment_size, num_kv_heads
         w = W // 2 if self.window is None else self.window
         if isinstance(self.shift, int):
-            shifts = [self.shift]
-        else:
-            turns = 2 if self.shift == "alternate" else -(-W // max(w, 1))
-            shifts = sorted({n * w % W for n in range(turns)})
-        return tuple(Segments(W, w, shift, self.top_segments) for shift in shifts)
+            return (Segments(W, w, self.shift, self.top_segments),)
+        turns = 2 if self.shift == "alternate" else -(-W // max(w, 1))
+        cuts = [Segments(W, w, shift, self.top_segments) for shift in sorted({n * w % W for n in range(turns)})]
+        if self.shift != "heads" or len(cuts) == 1:
+            return tuple(cuts)
+        layers = math.lcm(len(cuts), K) // K
+        heads = [cuts[n % len(cuts)] for n in range(layers * K)]
+        together = min(len(cuts), K) if K % len(cuts) == 0 else K
+        return tuple(ByHead(tuple(heads[n * K : n * K + together])) for n in range(layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +94,14 @@ class Full:
     """Every query sees every key of its document (encoders)."""
 
 
-AttentionMask = Causal | Segments
+@dataclasses.dataclass(frozen=True)
+class ByHead:
+    """Key/value heads see different things: head k what stands at k modulo the length."""
+
+    parts: tuple[Segments, ...]
+
+
+AttentionMask = Causal | Segments | ByHead
 
 
 def sees(
@@ -97,6 +111,7 @@ def sees(
 
     ``chosen``: the segments whose tails the query looks at, -1 for none; None: all.
     """
+    assert not isinstance(mask, ByHead)  # what one head sees is asked
     if isinstance(mask, Segments):
         tails = mask.in_tail(j)
         if chosen is not None:

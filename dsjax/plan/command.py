@@ -198,13 +198,13 @@ def grown(config: Any, request: Request, mesh: dict[str, int], topology: Topolog
     A batch with fewer rows than there are devices to cut it over is raised to one row each.
     """
     axis = "fsdp" if request.mode == "train" else "tensor"
-    sizes = dict.fromkeys(MESH_AXES, 1) | mesh
+    sizes: dict[str, Any] = dict.fromkeys(MESH_AXES, 1) | mesh
     sizes[axis] *= topology.num_devices // math.prod(sizes.values())
     rows = math.prod(sizes[a] for a in ("data", "fsdp", "expert")) if request.mode == "train" else sizes["data"]
     size = request.batch_sizes[0] if request.batch_sizes else (config.data.batch_size if request.mode == "train" else 1)
     micro = config.train.accumulate if request.mode == "train" else 1
     size = math.ceil(size / (rows * micro)) * rows * micro
-    placed = dataclasses.replace(config, mesh=MeshConfig(**sizes))
+    placed = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
     return Job(placed, str(topology), request.mode, size, request.length)
 
 

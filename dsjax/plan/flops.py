@@ -69,8 +69,8 @@ def count_flops(jaxpr: Any, *, platform: str = "tpu", ragged_share: float = 1.0)
     Args:
         jaxpr: of ``jax.make_jaxpr``, or of a traced function.
         platform: where it will run, if the program depends on it.
-        ragged_share: of the rows of a ragged product, those that belong to a group. Known at run time only; with
-            experts over several devices and balanced routing each device has 1 / devices of the rows that it is shown.
+        ragged_share: of the rows of a ragged product (XLA's, or a kernel whose name begins with ``grouped_``), those
+            that belong to a group. Known at run time only; see :mod:`dsjax.plan.programs` for balanced routing.
     """
     return _count(getattr(jaxpr, "jaxpr", jaxpr), "", _Assumed(platform, ragged_share))
 
@@ -157,6 +157,8 @@ def _kernel(eqn: Any, scopes: str, assumed: _Assumed) -> Flops:
     else:
         steps = math.prod(int(n) for n in eqn.params["grid_mapping"].grid)
         found, source = _count(eqn.params["jaxpr"], scopes, assumed).times(steps), "its body at every grid step"
+    if label.startswith("grouped_"):
+        found = found.times(assumed.ragged_share)
     return dataclasses.replace(found, kernels=(*found.kernels, f"{label}: {source}"))
 
 

@@ -25,7 +25,7 @@ _BRACKET = re.compile(r"[][(){}]|" + _STRING)
 _BRACKET_OR_COMMA = re.compile(r"[][(){},]|" + _STRING)
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) ?.*\{")
-_METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)  # of a kernel: over several lines
+_METADATA = re.compile(r'(kernel_metadata=|"cost_estimate": ?)\{\n.*?\n\}', re.DOTALL)  # over several lines
 _ASSIGNMENT = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -161,7 +161,8 @@ def parse(text: str) -> Module:
     entry = ""
     name = ""
     lines: list[tuple[int, str]] | None = None  # of the computation that is being read
-    for number, line in enumerate(_METADATA.sub("kernel_metadata={}", text).splitlines(), 1):
+    text = _METADATA.sub(lambda found: found[0].replace("\n", ""), text)
+    for number, line in enumerate(text.splitlines(), 1):
         if lines is None:
             header = _HEADER.fullmatch(line.rstrip())
             if header and not line.startswith("HloModule"):

@@ -32,7 +32,10 @@ from dsjax.plan.measure import devices_of
 from dsjax.plan.prefetch import prefetched
 from dsjax.plan.traffic import hbm_bytes
 
-KERNELS = {"segmented_attention": "dsjax.plan.kernels_attention"}  # modules like KernelModule
+KERNELS = {
+    "segmented_attention": "dsjax.plan.kernels_attention",
+    "grouped_matmul": "dsjax.plan.kernels_grouped_matmul",
+}  # modules like KernelModule
 # Edge of a matrix unit, and multiplications with an addition of all units of a core in a cycle. The evidence: the clock
 # that follows from these and a chip's peak is the known one, and a product of matrices takes a little more than its
 # floor on every chip (tests/test_plan_schedule.py).
@@ -48,9 +51,10 @@ class Case:
         kernel: a key of KERNELS.
         implementation: ours, or what it is compared with.
         chip: v4, v5e, v5p, v6e, tpu7x.
-        length: of the sequence.
+        length: of the sequence, or of all rows.
         backward: forward and backward instead of forward.
         tiles: of the implementation; empty: what it chooses.
+        variant: what else is told apart, instead of lengths.
     """
 
     kernel: str
@@ -59,11 +63,12 @@ class Case:
     length: int
     backward: bool = False
     tiles: tuple[tuple[str, int], ...] = ()
+    variant: str = ""
 
     @property
     def measured(self) -> str:
-        """``forward_4096``, ``forward_backward_16384``."""
-        return f"forward_{'backward_' if self.backward else ''}{self.length}"
+        """``forward_4096``, ``forward_backward_16384``, ``forward_skewed``."""
+        return f"forward_{'backward_' if self.backward else ''}{self.variant or self.length}"
 
     @staticmethod
     def from_json(case: dict[str, Any]) -> Case:

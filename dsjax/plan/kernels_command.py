@@ -27,6 +27,7 @@ COMMAND = ("-m", "dsjax.plan.kernels")
 SOURCES = (
     "kernels.py",
     "kernels_attention.py",
+    "kernels_grouped_matmul.py",
     "prefetch.py",
     "schedule.py",
     "scalar_unit.py",
@@ -38,7 +39,7 @@ class Request:
     """What the command line asks for.
 
     Attributes:
-        kernel: segmented_attention.
+        kernel: segmented_attention, grouped_matmul.
         chip: v5e, v6e ...
         json: file to write.
         search: try tiles instead, and write the best into the table that the kernel reads.

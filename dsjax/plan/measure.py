@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -135,7 +136,7 @@ def report(
     if compiled is not None:
         module = parse(compiled.as_text())
         moved = collectives(module, dict(mesh.shape))
-        traffic = hbm_bytes(module, cost_of=lambda instruction: ragged_traffic(module, instruction, program))
+        traffic = hbm_bytes(module, cost_of=functools.partial(kernel_traffic, module, program))
         notes += [f"the loop {name} does not tell its length; counted once" for name in loops_of_unknown_length(module)]
         notes += custom_calls(module)
         saved = stacked_bytes(module, program.parameter_shapes)
@@ -229,30 +230,48 @@ def memory(compiled: Any, program: Program, saved: int, *, peak: bool) -> tuple[
     return parts, sum_of_buffers + stats.generated_code_size_in_bytes
 
 
+def kernel_traffic(module: Module, program: Program, instruction: Instruction) -> tuple[int, int] | None:
+    """HBM bytes (read, written) of a kernel that does not read all of its operands; None: it does, or is no kernel."""
+    if instruction.target == "tpu_custom_call" and instruction.name.startswith("paged_attention"):
+        # Of a pool it reads the pages of some rows: as it states itself, for rows that are full.
+        stated = re.search(r'"bytes_accessed":"?(\d+)', instruction.attributes.get("backend_config", ""))
+        written = sum(shape.num_bytes for shape in instruction.shapes if shape.space == HBM)
+        return None if stated is None else (max(int(stated[1]) - written, 0), written)
+    return ragged_traffic(module, instruction, program)
+
+
 def ragged_traffic(module: Module, instruction: Instruction, program: Program) -> tuple[int, int] | None:
-    """HBM bytes (read, written) of the kernel that XLA makes of a ragged product; None: not one.
+    """HBM bytes (read, written) of a product by experts, XLA's kernel or one of `grouped_matmul`; None: not one.
 
     It visits the experts that have rows. With balanced routing those are, of a device's E experts,
     E (1 - (1 - 1/E)^rows): all of them in training, few when one token is decoded; in inference the operand holds the
-    experts of all layers, of which one layer's have rows. Rows that belong to no group are neither read nor written.
+    experts of all layers, of which one layer's have rows. Rows that belong to no group are not read, and written only
+    where they must become 0. Rows that are gathered, (T, 1, words), are read once for each that there is.
     """
-    if instruction.target != "tpu_custom_call" or not instruction.name.startswith("ragged-dot"):
+    if instruction.target != "tpu_custom_call" or not instruction.name.startswith(("ragged-dot", "grouped_")):
         return None
     operands = [shape for operand in module.operands(instruction) for shape in operand.shapes if len(shape.dims) > 1]
     if not operands:  # which rows are whose: counts only
         return 0, 0
-    rows = max(shape.dims[0] for shape in operands if len(shape.dims) == 2) * program.ragged_share
+    flat = [shape.dims[0] for shape in (*operands, *instruction.shapes) if len(shape.dims) == 2]
+    rows = max(flat) * program.ragged_share
 
     def moved(shape: Shape) -> float:
         if shape.space != HBM:
             return 0.0
         if len(shape.dims) == 2:
             return shape.num_bytes * program.ragged_share
+        if shape.dims[1] == 1:
+            return shape.num_bytes / shape.dims[0] * rows
         experts = min(program.experts_of_device or shape.dims[0], shape.dims[0])
         visited = 1.0 if experts == 1 else -experts * math.expm1(rows * math.log1p(-1 / experts))
         return shape.num_bytes * visited / shape.dims[0]
 
-    return int(sum(map(moved, operands))), int(sum(map(moved, instruction.shapes)))
+    if instruction.name.startswith(("grouped_matmul", "grouped_swiglu_dx")):
+        written = sum(shape.num_bytes for shape in instruction.shapes if shape.space == HBM)
+    else:
+        written = int(sum(map(moved, instruction.shapes)))
+    return int(sum(map(moved, operands))), written
 
 
 def custom_calls(module: Module) -> list[str]:
@@ -263,10 +282,14 @@ def custom_calls(module: Module) -> list[str]:
         for i in computation.instructions.values()
         if i.target == "tpu_custom_call" and "metadata" not in i.name
     )
+    by_rows = "stated by rows at balanced routing"
+    stated = {"ragged-dot": by_rows, "grouped_": by_rows, "paged_attention": "those of rows that are full"}
+
+    def bytes_of(name: str) -> str:
+        return next((text for start, text in stated.items() if name.startswith(start)), "its operands and results")
+
     return [
-        f"{name} ({count} in the program): a kernel; its HBM bytes are stated by rows at balanced routing"
-        if name.startswith("ragged-dot")
-        else f"{name} ({count} in the program): a kernel; its HBM bytes are its operands and results"
+        f"{name} ({count} in the program): a kernel; its HBM bytes are {bytes_of(name)}"
         for name, count in sorted(found.items())
     ]
 

@@ -69,7 +69,7 @@ def _equation(eqn: Any, given: list[Any], platform: str, found: list[Prefetched]
         mapping = params["grid_mapping"]
         first = mapping.num_dynamic_grid_bounds
         scalars = given[first : first + mapping.num_index_operands]
-        label = str(params.get("name") or params["name_and_src_info"]).split(" ")[0]
+        label = params["name"] or params["jaxpr"].debug_info.func_name
         found.append(Prefetched(label, tuple(None if x is None else np.asarray(x) for x in scalars), calls))
         return unknown
     if name == "cond":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dsjax.infer.engine import make_generator
 from dsjax.models.decoder import DecoderConfig
 from dsjax.nn.moe import MoEConfig
-from dsjax.sharding import make_mesh
+from dsjax.sharding import Rules, make_mesh, training_rules
 from dsjax.train.pretrain import Pretrain, batch_shapes, build, make_model
 
 Mode = Literal["train", "prefill", "decode"]
@@ -82,8 +82,7 @@ def _train(config: Pretrain, devices: Sequence[Any]) -> Program:
         parameter_shapes=[device_shape(leaf) for leaf in jax.tree.leaves(state.params)],
         tokens=tokens,
         model_flops=config.model.flops_per_token(config.data.seq_len) * tokens,
-        ragged_share=1 / mesh.shape["expert"],
-        experts_of_device=experts_of(config.model) // mesh.shape["expert"],
+        **_shares(config.model, mesh, training_rules(config.mesh), training=True),
     )
 
 
@@ -107,14 +106,27 @@ def _inference(config: Pretrain, mode: Mode, devices: Sequence[Any]) -> Program:
         parameter_shapes=[device_shape(leaf) for leaf in jax.tree.leaves(shapes)],
         tokens=tokens,
         model_flops=flops,
-        ragged_share=1 / generator.mesh.shape["expert"],
-        experts_of_device=experts_of(model) // generator.mesh.shape["expert"],
+        **_shares(model, generator.mesh, generator.rules, training=False),
     )
 
 
-def experts_of(model: DecoderConfig) -> int:
-    """Routed experts of a layer: the most of any group; 0 without."""
-    return max((g.ffn.num_experts for g in model.groups if isinstance(g.ffn, MoEConfig)), default=0)
+def _shares(model: DecoderConfig, mesh: Any, rules: Rules, *, training: bool) -> dict[str, Any]:
+    """``ragged_share`` and ``experts_of_device`` of the layers with the most experts.
+
+    A device has room for all pairs that the tokens of the expert axes' devices can have with its experts, or that a
+    capacity lets through; at balanced routing it gets as many pairs as the tokens of one device have.
+    """
+    layers = [group.ffn for group in model.groups if isinstance(group.ffn, MoEConfig)]
+    if not layers:
+        return {"ragged_share": 1.0, "experts_of_device": 0}
+    moe = max(layers, key=lambda moe: moe.num_experts)
+    devices = math.prod(mesh.shape[axis] for axis in rules.expert)
+    own = moe.num_experts // devices
+    share = moe.top_k / (devices * min(moe.top_k, own))
+    if training and (factor := moe.training_factor()) is not None:
+        parts = math.prod(mesh.shape[axis] for axis in (*rules.batch, *rules.length))
+        share = max(share, min(1.0, devices / (factor * parts)))
+    return {"ragged_share": share, "experts_of_device": own}
 
 
 def decode_flops(model: DecoderConfig, length: int) -> float:

@@ -84,7 +84,7 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
     Bytes are those of ring algorithms, for n devices in a group: all-gather sends (n-1)/n of the output,
     reduce-scatter (n-1)/n of the input, all-reduce 2(n-1)/n of the buffer, all-to-all and broadcast (n-1)/n of the
     operand, a permute the whole operand times the share of devices that send. A ragged all-to-all is counted at the
-    size of its buffer: how full it is, only the run knows. Groups of one device are left out.
+    smaller of its buffers: all receive what all send; how full they are, the run knows. Groups of one are left out.
 
     An asynchronous pair counts once; so does a TPU collective that is spread over several fusions. TPU's fusion of
     an all-reduce with the slicing of its result is a reduce-scatter.
@@ -286,9 +286,7 @@ def _collective(module: Module, item: Instruction, times: int, mesh_shape: Mappi
     kind = _base(item.opcode)
     num_devices = math.prod(mesh_shape.values())
     operands = module.operands(item)
-    if kind == "ragged-all-to-all":
-        operands = operands[:1]  # the others are the output buffer, offsets and sizes
-    sent = sum(operand.num_bytes for operand in operands)
+    sent = _ragged_bytes(operands) if kind == "ragged-all-to-all" else sum(o.num_bytes for o in operands)
     if kind == "collective-permute":
         pairs = [row for row in _rows(item.attributes.get("source_target_pairs", "")) if row and row[0] != row[-1]]
         groups = np.array(pairs, int).reshape(-1, 2)
@@ -301,6 +299,10 @@ def _collective(module: Module, item: Instruction, times: int, mesh_shape: Mappi
     if not groups.size or groups.shape[1] < 2:
         return None
     return Collective(kind, _axes(groups, mesh_shape), groups.shape[1], float(amount), times, groups, item.name)
+
+
+def _ragged_bytes(operands: list[Instruction]) -> int:
+    return min(operand.num_bytes for operand in operands[:2])  # what is sent, and the buffer that it is written to
 
 
 def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
@@ -339,6 +341,9 @@ def _kind(module: Module, instruction: Instruction, continued: set[tuple[str, st
 def _moved(module: Module, instruction: Instruction, continued: set[tuple[str, str]]) -> tuple[int, int]:
     """Bytes that one execution reads from and writes to HBM."""
     operands = module.operands(instruction)
+    if _base(instruction.opcode) == "ragged-all-to-all":
+        read, written = (_ragged_bytes(operands) if o.shapes[0].space == HBM else 0 for o in operands[:2])
+        return read, written
     if instruction.opcode.endswith("-start"):
         return _moved_by_start(instruction, operands)
     full = [shape.size for shape in instruction.shapes]

@@ -20,7 +20,10 @@ from dsjax.checkpoint import Checkpoints
 from dsjax.config import UserError
 from dsjax.data.batch import Batch
 from dsjax.metrics import MetricsLog, Progress, plot_loss, told_of, write_atomic
+from dsjax.nn.moe import DynamicCapacity
 from dsjax.runs import RunFolder
+from dsjax.train.alarms import CollapseAlarm
+from dsjax.train.capacity import Controller
 from dsjax.train.peak import matmul_peak_flops
 from dsjax.train.step import Trainer, TrainState
 
@@ -43,6 +46,8 @@ class Counters:
         bad_in_a_row: such steps since the last good one.
         rollbacks: returns to a checkpoint.
         asked_steps: ``train.steps`` when the plan was made.
+        capacity: of the :class:`~dsjax.train.capacity.Controller`.
+        alarm: of the :class:`~dsjax.train.alarms.CollapseAlarm`.
     """
 
     iteration: int = 0
@@ -52,6 +57,8 @@ class Counters:
     tokens_seen: int = 0
     skipped: int = 0
     rollbacks: int = 0
+    capacity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    alarm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -60,7 +67,7 @@ class Job:
 
     Attributes:
         trainer: the step functions.
-        step: the compiled step.
+        step: (state, batch, total steps, capacity factor) -> (state, metrics), compiled.
         place: puts this process's part of a batch on the devices.
         batches: iterator with ``get_state`` and ``set_state``.
         checkpoints: of the run.
@@ -68,10 +75,12 @@ class Job:
         flops_per_token: for the MFU.
         begin: ``time.perf_counter()`` when the command began.
         data_changes: which files of the data are others than before, should they be asked for.
+        capacity: what chooses the capacity factor; none: it is fixed.
+        experts: (number of experts, experts of a token) of each layer group that has some.
     """
 
     trainer: Trainer
-    step: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Any]]]
+    step: Callable[[TrainState, Batch, Any, float | None], tuple[TrainState, dict[str, Any]]]
     place: Callable[[Batch], Batch]
     batches: Any
     checkpoints: Checkpoints
@@ -79,6 +88,8 @@ class Job:
     flops_per_token: float
     begin: float
     data_changes: Callable[[], str] = lambda: ""
+    capacity: DynamicCapacity | None = None
+    experts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 class StopSignal:
@@ -135,7 +146,7 @@ def train(config: Any, run: RunFolder, job: Job, state: TrainState, counters: Co
     if first:
         with told_of(run.failure):
             run.failure.unlink(missing_ok=True)
-    clock, guard = Clock(config, job, log), Guard(job, config.train.seed)
+    clock, guard = Clock(config, job, log), Guard(job, config.train.seed, counters, progress.note)
     every, code = config.train, 0
     try:
         with StopSignal() as stop:
@@ -227,11 +238,14 @@ class NonFinite(RuntimeError):
 class Guard:
     """Counts steps that the state was protected from, and goes back to the last checkpoint when they persist.
 
-    The data goes on behind the bad batches: what is rolled back is the state alone.
+    The data goes on behind the bad batches: what is rolled back is the state alone. The numbers of good steps are shown
+    to what follows the routers.
     """
 
-    def __init__(self, job: Job, seed: int):
-        self._job, self._seed = job, seed
+    def __init__(self, job: Job, seed: int, counters: Counters, note: Callable[[str], None]):
+        self._job, self._seed, self._note = job, seed, note
+        self._capacity = None if job.capacity is None else Controller(job.capacity, counters.capacity)
+        self._alarm = CollapseAlarm(job.experts, counters.alarm)
         self._pending: dict[str, Any] | None = None
         self._losses: list[float] = []
 
@@ -239,11 +253,14 @@ class Guard:
         """One step. The numbers of the step before are looked at while it runs; if they take the state back, the
         step is done again from there, so that nothing depends on when numbers are looked at."""
         total = jnp.int32(counters.total_steps)
-        state, metrics = self._job.step(state, batch, total)
+        factor = None if self._capacity is None else self._capacity.factor(counters.iteration)
+        state, metrics = self._job.step(state, batch, total, factor)
         if self._is_last_straw(counters):
-            state, metrics = self._job.step(self._rolled_back(counters), batch, total)
+            state, metrics = self._job.step(self._rolled_back(counters), batch, total, factor)
         counters.iteration += 1
         self._pending = metrics
+        if factor is not None:
+            metrics = metrics | {"capacity/factor": factor}
         return state, metrics
 
     def settle(self, state: TrainState, counters: Counters) -> TrainState:
@@ -256,7 +273,12 @@ class Guard:
         if before is None:
             return False
         self._losses = [*self._losses[-9:], float(before["loss"])]
-        if float(before["finite"]):
+        good = bool(float(before["finite"]))
+        if self._capacity is not None:
+            self._capacity.observe(before if good else None)
+        if good:
+            for sentence in self._alarm.observe(before):
+                self._note(f"step {counters.iteration}: {sentence}")
             counters.tokens_seen += int(before["tokens"])
             counters.bad_in_a_row = 0
             return False
@@ -312,6 +334,7 @@ class Clock:
             self._plan(counters, now)
         values |= {"tokens_seen": counters.tokens_seen, "seconds": self.seconds()}
         values |= {"skipped": counters.skipped, "rollbacks": counters.rollbacks}
+        values |= {f"router/{name}/collapsed": float(alarm["collapsed"]) for name, alarm in counters.alarm.items()}
         self._log.write(counters.iteration, values)
         rate_text = f"  {values['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in values else ""
         progress.update(counters.iteration, counters.total_steps, f"loss {values['loss']:.3f}{rate_text}")

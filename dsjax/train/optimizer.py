@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dsjax.checkpoint import path_name
-from dsjax.config import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share
+from dsjax.config import Bounds, NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share
+from dsjax.train.compensation import compensate_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,9 @@ class OptimConfig:
         b1, b2, eps: AdamW's moments and the term in its denominator.
         weight_decay: decoupled, scaled by the learning rate; of matrices alone.
         clip_norm: global norm that gradients are clipped to; 0: not clipped.
+        expert_compensation: how much each expert's gradient makes up for its load, (mean load / load)^this, and with it
+            for tokens that it dropped; 0: not at all (docs/gradient_compensation.md).
+        expert_compensation_limit: its factors are at most that, and at least one over it.
         schedule: ``wsd`` (warm up, stay, decay linearly over the last ``decay_share``), ``cosine`` or ``constant``.
         warmup_steps: steps of linear warm-up from 0.
         decay_share: part of the run that ``wsd`` decays over.
@@ -49,6 +53,8 @@ class OptimConfig:
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: NonNegativeFloat = 1.0
+    expert_compensation: Share = 0.0
+    expert_compensation_limit: Annotated[float, Bounds(ge=1, lt=1e38)] = 4.0
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup_steps: NonNegativeInt = 100
     decay_share: Share = 0.2
@@ -133,8 +139,10 @@ def scale_by_row_adagrad(eps: float = 1e-20) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
     """The gradient transformation, at learning rate 1 (see :func:`learning_rate`).
+
+    Its ``update`` takes ``router``, the sums of the routers by layer group, if experts are compensated.
 
     Args:
         cfg: what to build.
@@ -152,4 +160,8 @@ def make_optimizer(cfg: OptimConfig, axes: Any) -> optax.GradientTransformation:
         "table": optax.chain(scale_by_row_adagrad(), optax.scale(-cfg.table_lr)),
     }
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    return optax.chain(clip, optax.partition(groups, kind))
+    steps = [clip, optax.partition(groups, kind)]
+    if cfg.expert_compensation:
+        # In front: so the norm that is clipped is that of the gradient which is used.
+        steps.insert(0, compensate_experts(cfg.expert_compensation, cfg.expert_compensation_limit, axes))
+    return optax.with_extra_args_support(optax.chain(*steps))

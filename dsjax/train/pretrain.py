@@ -31,7 +31,8 @@ from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from dsjax.nn.masks import Documents
 from dsjax.runs import RunFolder, cache_dir
 from dsjax.runtime import memory_bytes
-from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh, rows_of_process
+from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh, rows_of_process, training_rules
+from dsjax.train.capacity import CompiledSteps
 from dsjax.train.loop import Job, restore_or_init, train
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.step import Trainer, make_trainer
@@ -105,7 +106,7 @@ def build(config: Pretrain, devices: list[Any] | None = None) -> tuple[Any, Trai
         UserError: the mesh does not fit the devices, the batch or the model.
     """
     mesh = make_mesh(config.mesh, devices)
-    rules = Rules()
+    rules = training_rules(config.mesh)
     micro, rows = config.data.batch_size // config.train.accumulate, 1
     for axis in rules.batch:
         rows *= mesh.shape[axis]
@@ -199,7 +200,10 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
         )
     hosts.same("data.fingerprint", corpus.fingerprint)
     hosts.beat(0)  # from here on, nobody may be slow for long
-    compiled = step.result()  # nothing is made until it is known to compile
+    capacity = model.dynamic_capacity()
+    largest = None if capacity is None else capacity.factors[-1]
+    known = {largest: step.result()}  # nothing is made until it is known to compile
+    shapes = batch_shapes(config, mesh)
     part, parts = rows_of_process(mesh, config.data.batch_size)
     batches = make_batches(corpus, config.data, host_index=part, num_hosts=parts)
 
@@ -212,7 +216,7 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     with contextlib.closing(batches), contextlib.closing(checkpoints):
         job = Job(
             trainer=trainer,
-            step=compiled,
+            step=CompiledSteps(lambda factor: compile_step(trainer, shapes, factor), known, say),
             place=lambda batch: place_batch(batch, mesh, part, parts),
             batches=batches,
             checkpoints=checkpoints,
@@ -220,6 +224,8 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
             flops_per_token=model.flops_per_token(config.data.seq_len),
             begin=begin,
             data_changes=lambda: run_folder.changed_data(corpus),
+            capacity=capacity,
+            experts={name: (moe.num_experts, moe.top_k) for name, moe in model.experts().items()},
         )
         state, counters = restore_or_init(config, job)
         if first:  # nothing speaks against going on: the folder now describes the run as it is continued
@@ -276,10 +282,10 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def compile_step(trainer: Trainer, batch: Batch) -> Any:
-    """The step as an executable."""
+def compile_step(trainer: Trainer, batch: Batch, factor: float | None = None) -> Any:
+    """The step as an executable; ``factor`` is that of a dynamic capacity, None: the largest."""
     total, step = jax.ShapeDtypeStruct((), jnp.int32), cast(Any, trainer.step)
-    return step.lower(trainer.shapes, batch, total).compile()
+    return step.lower(trainer.shapes, batch, total, factor).compile()
 
 
 def place_batch(batch: Batch, mesh: Any, part: int = 0, parts: int = 1) -> Batch:

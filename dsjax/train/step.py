@@ -18,6 +18,8 @@ from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
 from dsjax.nn.losses import cross_entropy
 from dsjax.nn.masks import Leaf
+from dsjax.nn.moe import set_capacity
+from dsjax.nn.router import RouterSums, drop_rates, router_metrics
 from dsjax.sharding import Buffer, Rules, joined, logical_axes, replicated, shardings, split_variables, use_mesh
 from dsjax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 
@@ -31,11 +33,11 @@ class LossReport:
 
     Attributes:
         metrics: to log, ``loss`` among them.
-        loads: what the model's buffers move by, by group of experts (:attr:`DecoderOutput.loads`).
+        router: what the routers did, by group of experts: the model's buffers move by it, and it is logged.
     """
 
     metrics: dict[str, Leaf]
-    loads: dict[str, Leaf]
+    router: dict[str, RouterSums]
 
 
 # (model, batch, key, total weight of the whole batch) -> (loss to descend, report)
@@ -88,11 +90,7 @@ def next_token_loss(
     for name, value in out.losses.items():
         metrics[f"loss/{name}"] = value * share
         loss = loss + value * share
-    for name, stats in out.router.items():
-        relative_LE = stats.load_E / jnp.maximum(jnp.mean(stats.load_E, axis=-1, keepdims=True), 1.0)
-        metrics[f"router/{name}/max_over_mean_load"] = jnp.mean(jnp.max(relative_LE, axis=-1)) * share
-        metrics[f"router/{name}/entropy"] = jnp.mean(stats.entropy) * share
-    return loss, LossReport(metrics, out.loads)
+    return loss, LossReport(metrics, {name: stats.sums for name, stats in out.router.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +99,11 @@ class Trainer:
 
     Attributes:
         init: seed -> TrainState, each array created on its own devices.
-        step: (state, batch, total_steps) -> (state, metrics); the given state is donated.
+        step: (state, batch, total_steps, factor=None) -> (state, metrics); the given state is donated. ``factor`` is
+            that of layers with a dynamic capacity, static; None: the largest.
         shapes: abstract TrainState with shardings, to restore into.
         axes: logical axes of the parameters.
-        graph: the model without its variables.
+        graph: the model without its variables, as it is evaluated: no expert drops a token.
     """
 
     init: Callable[[Any], TrainState]
@@ -143,7 +142,15 @@ def make_trainer(
         rng = jax.random.key_data(jax.random.fold_in(key, 1))
         return TrainState(jnp.int32(0), params, buffers, tx.init(params), rng)
 
-    def step(state: TrainState, batch: Batch, total_steps: jax.Array) -> tuple[TrainState, Metrics]:
+    def training_model(factor: float | None) -> nnx.Module:
+        model = make_model(nnx.Rngs(0))
+        set_capacity(model, factor)
+        return model
+
+    def step(
+        state: TrainState, batch: Batch, total_steps: jax.Array, factor: float | None = None
+    ) -> tuple[TrainState, Metrics]:
+        graph = nnx.split(nnx.eval_shape(lambda: training_model(factor)))[0]
         with use_mesh(mesh, rules):
             return _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps)
 
@@ -153,7 +160,7 @@ def make_trainer(
     places = state_shardings(shapes, param_places, buffer_places, mesh)
     return Trainer(
         init=jax.jit(init, out_shardings=places),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+        step=jax.jit(step, donate_argnums=0, static_argnames="factor", out_shardings=(places, None)),
         shapes=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places),
         axes=axes,
         graph=graph,
@@ -201,22 +208,32 @@ def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):
 
     def update(_: None) -> TrainState:
         with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, router=report.router)
             params = jax.tree.map(lambda p, u: p + lr_share * u, state.params, updates)
         buffers = state.buffers
         if buffers:
-            buffers = nnx.merge(graph, state.params, buffers).moved_buffers(report.loads)
+            buffers = nnx.merge(graph, state.params, buffers).moved_buffers(report.router)
         return TrainState(state.step + 1, params, buffers, opt_state, jax.random.key_data(rng))
 
     # A bad step leaves every bit of the state as it was.
     state = jax.lax.cond(finite, update, lambda _: state, None)
-    metrics = report.metrics | {
-        "grad_norm": grad_norm,
-        "lr": lr_share * optim.lr,
-        "finite": finite.astype(jnp.float32),
-        "tokens": jnp.sum(batch.loss_weight_BT > 0).astype(jnp.float32),
-    }
+    metrics = (
+        report.metrics
+        | _router_metrics(report.router)
+        | {
+            "grad_norm": grad_norm,
+            "lr": lr_share * optim.lr,
+            "finite": finite.astype(jnp.float32),
+            "tokens": jnp.sum(batch.loss_weight_BT > 0).astype(jnp.float32),
+        }
+    )
     return state, metrics
+
+
+def _router_metrics(router: dict[str, RouterSums]) -> Metrics:
+    """What is logged of a whole batch's routing, by group of experts; and what the capacity is chosen by."""
+    metrics = {f"router/{name}/{key}": x for name, sums in router.items() for key, x in router_metrics(sums).items()}
+    return metrics | {f"capacity/drop_rate_at_{factor}": rate for factor, rate in drop_rates(router).items()}
 
 
 def _accumulated(gradient, accumulate: int, params: Any, batch: Batch, key: jax.Array) -> tuple[Any, LossReport]:

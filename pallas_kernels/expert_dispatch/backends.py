@@ -4,16 +4,16 @@ A backend is a file with four functions and a word on what it can do (``why_not(
 the reason in a sentence). R in ``row_TX`` means nowhere; what stands there reads as 0.
 
     select(choice_TE, counted_T, spec) -> (experts_TX, position_TX, counts_E)
-        ``choice_TE`` is float32 without NaN, ``spec`` a TopK; see :class:`Choice` for the results.
+        ``choice_TE`` is float32 without NaN and without -0, ``spec`` a TopK; see :class:`Choice` for the results.
     gather(x_TD, token_R, weight_R) -> x_RD
         Row r is ``weight_R[r] * x_TD[token_R[r]]``; None: weights are 1. Tokens are in range.
     gather_sum(y_RD, row_TX, weights_TX) -> out_TD
         ``sum_x weights_TX[t, x] * y_RD[row_TX[t, x]]``, summed in float32, in the order of x; None: weights are 1.
-        What stands in a row that no pair has may be NaN.
+        What stands in a row that no pair has may be NaN; weights of pairs that go nowhere are 0.
     gather_dot(y_RD, row_TX, dout_TD) -> dot_TX, float32
         ``y_RD[row_TX[t, x]] . dout_TD[t]``.
 
-The kernels take ``interpret`` beside these: True, or the parameters of a simulator.
+No array that they get is empty. The kernels take ``interpret`` beside these: True, or the parameters of a simulator.
 """
 
 from __future__ import annotations
@@ -23,11 +23,22 @@ from types import ModuleType
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.expert_dispatch import xla
+from pallas_kernels.expert_dispatch import gpu, tpu, xla
 
 Implementation = Literal["xla", "tpu", "gpu"]
-_KERNELS: dict[str, tuple[str, ModuleType]] = {}
+_KERNELS: dict[str, tuple[str, ModuleType]] = {"tpu": ("tpu", tpu), "gpu": ("cuda", gpu)}
+# What there is where an array is empty.
+_OF_NOTHING = {
+    "select": lambda choice_TE, _, spec: (
+        *(jnp.zeros((choice_TE.shape[0], spec.top_k), jnp.int32) for _ in range(2)),
+        jnp.zeros(choice_TE.shape[1], jnp.int32),
+    ),
+    "gather": lambda x_TD, token_R, _: jnp.zeros((token_R.shape[0], x_TD.shape[1]), x_TD.dtype),
+    "gather_sum": lambda y_RD, row_TX, _: jnp.zeros((row_TX.shape[0], y_RD.shape[1]), y_RD.dtype),
+    "gather_dot": lambda _, row_TX, dout_TD: jnp.zeros(row_TX.shape, jnp.float32),
+}
 
 
 def run(implementation: Implementation | None, function: str, *arrays: Any, **static: Any) -> Any:
@@ -43,6 +54,8 @@ def run(implementation: Implementation | None, function: str, *arrays: Any, **st
     if implementation not in (None, "xla", *_KERNELS):
         names = ", ".join(map(repr, (None, "xla", *_KERNELS)))
         raise ValueError(f"implementation is {implementation!r}; it is one of {names}")
+    if any(0 in a.shape for a in arrays if a is not None):
+        return _OF_NOTHING[function](*arrays, **static)
     if implementation == "xla":
         return of(xla)(*arrays)
     if implementation is not None:

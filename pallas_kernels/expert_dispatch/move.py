@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.expert_dispatch.backends import Implementation, run
-from pallas_kernels.expert_dispatch.plan import Plan
+from pallas_kernels.expert_dispatch.plan import Plan, by_row
 
 
 def dispatch(
@@ -54,7 +54,12 @@ def combine(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _combine(y_RD, weights_TX, plan: Plan, implementation):
-    return run(implementation, "gather_sum", y_RD, plan.row_TX, weights_TX)
+    return run(implementation, "gather_sum", y_RD, plan.row_TX, _weights(weights_TX, plan))
+
+
+def _weights(weights_TX, plan: Plan):
+    """0 for pairs that go nowhere: of a token that does not count a weight may be NaN."""
+    return jnp.where(plan.row_TX < len(plan.pair_R), weights_TX, 0)
 
 
 def _combine_forward(y_RD, weights_TX, plan, implementation):
@@ -63,8 +68,7 @@ def _combine_forward(y_RD, weights_TX, plan, implementation):
 
 def _combine_backward(implementation, saved, dout_TD):
     y_RD, weights_TX, plan = saved
-    filled_R = jnp.arange(len(plan.pair_R)) < jnp.sum(plan.sizes_E)
-    weight_R = jnp.where(filled_R, weights_TX.reshape(-1)[plan.pair_R], 0)
+    weight_R = by_row(weights_TX, plan.row_TX, len(plan.pair_R))
     dy_RD = run(implementation, "gather", dout_TD, plan.token_R, weight_R)
     dweights_TX = run(implementation, "gather_dot", y_RD, plan.row_TX, dout_TD)
     return dy_RD, dweights_TX.astype(weights_TX.dtype), None

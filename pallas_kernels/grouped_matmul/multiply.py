@@ -31,11 +31,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.expert_dispatch import Plan, dispatch, sum_rows
-from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.grouped_matmul import gpu, tpu, xla
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference, grouped_swiglu_reference
 
 Implementation = Literal["reference", "xla", "tpu", "gpu"]
-_KERNELS: dict[str, tuple[str, ModuleType]] = {}
+_KERNELS: dict[str, tuple[str, ModuleType]] = {"tpu": ("tpu", tpu), "gpu": ("cuda", gpu)}
 
 
 def grouped_matmul(

@@ -1,6 +1,8 @@
-"""The specification: every group's feed-forward on all rows, of which each row takes its own."""
+"""The specification: each group's matrices times all rows, of which those of other groups are set to 0."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,9 @@ def grouped_matmul_reference(
     rows_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], sizes_E: Int[Array, E]
 ) -> Float[Array, "R F"]:
     """See :func:`pallas_kernels.grouped_matmul.grouped_matmul`."""
-    ends_E, row_R = jnp.cumsum(sizes_E), jnp.arange(rows_RD.shape[0])
     y_RF = jnp.zeros((len(rows_RD), w_EDF.shape[-1]), rows_RD.dtype)
-    for e in range(len(w_EDF)):
-        inside_R = (row_R >= ends_E[e] - sizes_E[e]) & (row_R < ends_E[e])
-        y_RF = y_RF + jnp.where(inside_R[:, None], rows_RD @ w_EDF[e], 0)
+    for e, inside_R in enumerate(_groups(len(rows_RD), sizes_E)):
+        y_RF = jnp.where(inside_R, jnp.where(inside_R, rows_RD, 0) @ w_EDF[e], y_RF)
     return y_RF
 
 
@@ -27,10 +27,16 @@ def grouped_swiglu_reference(
     sizes_E: Int[Array, E],
 ) -> Float[Array, "R D"]:
     """See :func:`pallas_kernels.grouped_matmul.grouped_swiglu`."""
-    ends_E, row_R = jnp.cumsum(sizes_E), jnp.arange(x_RD.shape[0])
     y_RD = jnp.zeros_like(x_RD)
-    for e in range(len(w_gate_EDF)):
-        inside_R = (row_R >= ends_E[e] - sizes_E[e]) & (row_R < ends_E[e])
-        y_e = (jax.nn.silu(x_RD @ w_gate_EDF[e]) * (x_RD @ w_up_EDF[e])) @ w_down_EFD[e]
-        y_RD = y_RD + jnp.where(inside_R[:, None], y_e, 0)
+    for e, inside_R in enumerate(_groups(len(x_RD), sizes_E)):
+        x_e = jnp.where(inside_R, x_RD, 0)  # what stands in other rows may be NaN, which times 0 is NaN
+        y_e = (jax.nn.silu(x_e @ w_gate_EDF[e]) * (x_e @ w_up_EDF[e])) @ w_down_EFD[e]
+        y_RD = jnp.where(inside_R, y_e, y_RD)
     return y_RD
+
+
+def _groups(num_rows: int, sizes_E: jax.Array) -> Iterator[jax.Array]:
+    """For each group, which rows belong to it, (R, 1)."""
+    ends_E, row_R = jnp.cumsum(sizes_E), jnp.arange(num_rows)[:, None]
+    for e in range(len(sizes_E)):
+        yield (row_R >= ends_E[e] - sizes_E[e]) & (row_R < ends_E[e])

@@ -1,135 +1,150 @@
-"""Two forms in plain XLA: `jax.lax.ragged_dot`, and blocks of rows for the CPU.
+"""Plain XLA: `jax.lax.ragged_dot`, of which nothing is cut out of a stack of layers; on the CPU, blocks of rows.
 
-XLA:CPU computes a ragged dot as a masked product over all groups, E times the work. The form by blocks loops over
-groups and, within each, over as many blocks of rows as it has; the feed-forward of a block happens while the block is
-in the cache.
+XLA:CPU computes a ragged dot as a masked product over all groups, E times the work.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.outer import outer as product
+from pallas_kernels.grouped_matmul.blocks import over_groups
 
-SPARE_ROWS = 128  # behind what is saved: the largest block
+SPARE_ROWS = 128  # behind what is saved
 
 
 def matmul(x_RD, w_GDF, scales_GF, sizes_E, first, *, transposed: bool):
     """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
-    w_EDF = jax.lax.dynamic_slice_in_dim(w_GDF, first, len(sizes_E), axis=0)
-    if transposed:
-        w_EDF = jnp.swapaxes(w_EDF, 1, 2)
-    if scales_GF is not None:
-        scales_EF = jax.lax.dynamic_slice_in_dim(scales_GF, first, len(sizes_E), axis=0)
-        w_EDF = (w_EDF * scales_EF[:, None]).astype(x_RD.dtype)
-    return _until(jax.lax.ragged_dot(x_RD, w_EDF, sizes_E), 0, jnp.sum(sizes_E))
+    return _by_platform(_matmul_blocks, _matmul_ragged, x_RD, w_GDF, scales_GF, sizes_E, first, transposed=transposed)
 
 
 def outer(x_RD, dy_RF, sizes_E):
     """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
-    ends_E, row_R = jnp.cumsum(sizes_E), jnp.arange(len(x_RD))
-    inside_ER = (row_R >= (ends_E - sizes_E)[:, None]) & (row_R < ends_E[:, None])
-    x_RD, dy_RF = (_until(a, 0, jnp.sum(sizes_E)) for a in (x_RD, dy_RF))
-    return jnp.einsum("ER,RD,RF->EDF", inside_ER.astype(x_RD.dtype), x_RD, dy_RF)
+    return _by_platform(_outer_blocks, _outer_ragged, x_RD, dy_RF, sizes_E)
 
 
 def swiglu(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, *, keep: bool):
     """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
-    x_RD = x_TD if token_R is None else x_TD[token_R]
-    w_gate, w_up, w_down = (_own(w, sizes_E, first) for w in (w_gate_GDF, w_up_GDF, w_down_GFD))
-    y_RD, saved = _forward(x_RD, w_gate, w_up, w_down, sizes_E)
-    return y_RD, saved if keep else None
+    return _by_platform(
+        _swiglu_blocks, _swiglu_ragged, x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, keep=keep
+    )
 
 
 def swiglu_backward(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, saved, dy_RD):
     """See :mod:`pallas_kernels.grouped_matmul.multiply`."""
+    arrays = (x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, saved, dy_RD)
+    return _by_platform(_swiglu_backward_blocks, _swiglu_backward_ragged, *arrays)
+
+
+def _by_platform(blocks: Callable[..., Any], ragged: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+    forms = {"cpu": functools.partial(blocks, **static), "default": functools.partial(ragged, **static)}
+    return jax.lax.platform_dependent(*arrays, **forms)
+
+
+# ---------------------------------------------------------------- blocks of rows
+
+
+def _matmul_blocks(x_RD, w_GDF, scales_GF, sizes_E, first, *, transposed: bool):
+    def block(weights, x_bRD):
+        w_bDF, scales_bF = weights
+        y_bRF = _dot("brd,bfd->brf" if transposed else "brd,bdf->brf", x_bRD, w_bDF.astype(x_bRD.dtype))
+        return (y_bRF if scales_bF is None else y_bRF * scales_bF[:, None],), ()
+
+    return over_groups(block, (w_GDF, scales_GF), [(x_RD, None)], len(x_RD), sizes_E, first)[0][0]
+
+
+def _outer_blocks(x_RD, dy_RF, sizes_E):
+    def block(_, x_bRD, dy_bRF):
+        return (), (_dot("brd,brf->bdf", x_bRD, dy_bRF),)
+
+    return over_groups(block, (), [(x_RD, None), (dy_RF, None)], len(x_RD), sizes_E, 0, spare=())[1][0]
+
+
+def _swiglu_blocks(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, *, keep: bool):
+    def block(weights, x_bRD):
+        w_gate, w_up, w_down = weights
+        gate, up = (_dot("brd,bdf->brf", x_bRD, w).astype(x_bRD.dtype) for w in (w_gate, w_up))
+        y_bRD = _dot("brf,bfd->brd", jax.nn.silu(gate) * up, w_down)
+        return (y_bRD, gate, up) if keep else (y_bRD,), ()
+
+    R = len(x_TD if token_R is None else token_R)
+    weights, spare = (w_gate_GDF, w_up_GDF, w_down_GFD), (0, SPARE_ROWS, SPARE_ROWS)
+    (y_RD, *saved), _ = over_groups(block, weights, [(x_TD, token_R)], R, sizes_E, first, spare if keep else spare[:1])
+    return y_RD, tuple(saved) if keep else None
+
+
+def _swiglu_backward_blocks(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, saved, dy_RD):
+    def block(weights, x_bRD, gate, up, dy_bRD):
+        w_gate, w_up, w_down = weights
+        h, dgate, dup = _swiglu_gradients(gate, up, _dot("brd,bfd->brf", dy_bRD, w_down))
+        dx_bRD = _dot("brf,bdf->brd", dgate, w_gate) + _dot("brf,bdf->brd", dup, w_up)
+        outers = ((x_bRD, dgate), (x_bRD, dup), (h, dy_bRD))
+        return (dx_bRD,), tuple(_dot("bra,brc->bac", a, c) for a, c in outers)
+
+    rows = [(x_TD, token_R), (saved[0], None), (saved[1], None), (dy_RD, None)]
+    (dx_RD,), dw = over_groups(block, (w_gate_GDF, w_up_GDF, w_down_GFD), rows, len(dy_RD), sizes_E, first)
+    return dx_RD, *dw
+
+
+def _dot(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(dims, a, b, preferred_element_type=jnp.float32)
+
+
+def _swiglu_gradients(gate: jax.Array, up: jax.Array, dh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``h = silu(gate) * up``, and the gradients of ``gate`` and ``up``, in their dtype."""
+    s = jax.nn.sigmoid(gate)
+    act = gate * s
+    dgate, dup = dh * up * (s + act * (1 - s)), dh * act
+    return act * up, dgate.astype(gate.dtype), dup.astype(up.dtype)
+
+
+# ---------------------------------------------------------------- ragged dots
+
+
+def _matmul_ragged(x_RD, w_GDF, scales_GF, sizes_E, first, *, transposed: bool):
+    y_RF = _ragged(x_RD, w_GDF.astype(x_RD.dtype), sizes_E, first, transposed=transposed)
+    row_R, ends_E = jnp.arange(len(x_RD)), jnp.cumsum(sizes_E)
+    if scales_GF is not None:
+        group_R = first + jnp.searchsorted(ends_E, row_R, side="right")
+        y_RF = y_RF * scales_GF[group_R]
+    return jnp.where(row_R[:, None] < ends_E[-1], y_RF, 0).astype(x_RD.dtype)
+
+
+def _outer_ragged(x_RD, dy_RF, sizes_E):
+    inside_R = jnp.arange(len(x_RD)) < jnp.sum(sizes_E)
+    x_RD, dy_RF = (jnp.where(inside_R[:, None], a, 0) for a in (x_RD, dy_RF))
+    rows_are_summed = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return jax.lax.ragged_dot_general(x_RD, dy_RF, sizes_E, rows_are_summed, preferred_element_type=jnp.float32).astype(
+        x_RD.dtype
+    )
+
+
+def _swiglu_ragged(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, *, keep: bool):
     x_RD = x_TD if token_R is None else x_TD[token_R]
-    w_gate, w_up, w_down = (_own(w, sizes_E, first) for w in (w_gate_GDF, w_up_GDF, w_down_GFD))
-    gates, ups = saved
-    return _backward(x_RD, w_gate, w_up, w_down, sizes_E, gates, ups, dy_RD)
+    saved = tuple(_ragged(x_RD, w, sizes_E, first).astype(x_RD.dtype) for w in (w_gate_GDF, w_up_GDF))
+    gate, up = saved
+    y_RD = _matmul_ragged(jax.nn.silu(gate) * up, w_down_GFD, None, sizes_E, first, transposed=False)
+    return y_RD, tuple(jnp.pad(a, ((0, SPARE_ROWS), (0, 0))) for a in saved) if keep else None
 
 
-def _own(w_GDF, sizes_E, first):
-    return jax.lax.dynamic_slice_in_dim(w_GDF, first, len(sizes_E), axis=0)
+def _swiglu_backward_ragged(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, first, saved, dy_RD):
+    x_RD = x_TD if token_R is None else x_TD[token_R]
+    gate, up = (a[: len(x_RD)] for a in saved)
+    dh = _ragged(dy_RD, w_down_GFD, sizes_E, first, transposed=True)
+    h, dgate, dup = _swiglu_gradients(gate, up, dh)
+    back = functools.partial(_ragged, sizes_E=sizes_E, first=first, transposed=True)
+    dx_RD = back(dgate, w_gate_GDF) + back(dup, w_up_GDF)
+    dx_RD = jnp.where(jnp.arange(len(x_RD))[:, None] < jnp.sum(sizes_E), dx_RD, 0).astype(x_RD.dtype)
+    return dx_RD, *(_outer_ragged(a, b, sizes_E) for a, b in ((x_RD, dgate), (x_RD, dup), (h, dy_RD)))
 
 
-def _block_rows(num_rows: int, num_groups: int) -> int:
-    return min(SPARE_ROWS, max(16, 1 << (num_rows // (2 * num_groups)).bit_length()))
-
-
-def _over_groups(body, carry, sizes_E, weights, sums_like, block: int):
-    """A scan over groups; in each, ``body(carry, sums, weights, row, end)`` for each block of its rows.
-
-    A group's last block runs over into rows of the next group, which that group then writes again: so ``body`` may
-    write whole blocks, but must leave rows from ``end`` on out of its sums. The inner loop runs as often as there are
-    blocks.
-    """
-    ends_E = jnp.cumsum(sizes_E)
-
-    def group(carry, each):
-        start, end, w = each
-        sums = jax.tree.map(jnp.zeros_like, sums_like(w))
-
-        def step(i, state):
-            return body(*state, w, start + i * block, end)
-
-        return jax.lax.fori_loop(0, (end - start + block - 1) // block, step, (carry, sums))
-
-    return jax.lax.scan(group, carry, (ends_E - sizes_E, ends_E, weights))
-
-
-def _read(x, row, block: int):
-    return jax.lax.dynamic_slice_in_dim(x, row, block, axis=0)
-
-
-def _write(out, x, row):
-    return jax.lax.dynamic_update_slice_in_dim(out, x, row, axis=0)
-
-
-def _until(x, row, end):
-    """``x``, whose first row is ``row``, with zeros from row ``end`` on."""
-    return jnp.where(row + jnp.arange(len(x))[:, None] < end, x, 0)
-
-
-def _forward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
-    (R, D), (E, _, F) = x_RD.shape, w_gate_EDF.shape
-    rows, dtype = _block_rows(R, E), x_RD.dtype
-    x = jnp.pad(x_RD, ((0, rows), (0, 0)))
-
-    def body(carry, _, weights, row, end):
-        y, gates, ups = carry
-        w_gate, w_up, w_down = weights
-        x_block = _read(x, row, rows)
-        gate, up = x_block @ w_gate, x_block @ w_up
-        out = (jax.nn.silu(gate) * up) @ w_down
-        return (_write(y, out, row), _write(gates, gate, row), _write(ups, up, row)), None
-
-    saved = jnp.zeros((R + SPARE_ROWS, F), dtype)
-    carry = (jnp.zeros((R + rows, D), dtype), saved, saved)
-    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
-    (y, gates, ups), _ = _over_groups(body, carry, sizes_E, weights, lambda w: None, rows)
-    return _until(y[:R], 0, jnp.sum(sizes_E)), (gates, ups)
-
-
-def _backward(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, gates, ups, dy_RD):
-    R = len(x_RD)
-    rows = _block_rows(R, len(w_gate_EDF))
-    x, dy = (jnp.pad(a, ((0, rows), (0, 0))) for a in (x_RD, dy_RD))
-
-    def body(dx, sums, weights, row, end):
-        w_gate, w_up, w_down = weights
-        dw_gate, dw_up, dw_down = sums
-        x_block, gate, up = (_read(a, row, rows) for a in (x, gates, ups))
-        dy_block = _until(_read(dy, row, rows), row, end)
-        dh = dy_block @ w_down.T
-        s = jax.nn.sigmoid(gate)
-        act = gate * s
-        dgate, dup = dh * up * (s + act * (1 - s)), dh * act
-        dx = _write(dx, dgate @ w_gate.T + dup @ w_up.T, row)
-        sums = dw_gate + product(x_block, dgate), dw_up + product(x_block, dup), dw_down + product(act * up, dy_block)
-        return dx, sums
-
-    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
-    dx, dw = _over_groups(body, jnp.zeros_like(x), sizes_E, weights, lambda w: w, rows)
-    return _until(dx[:R], 0, jnp.sum(sizes_E)), *dw
+def _ragged(x_RD, w_GDF, sizes_E, first, *, transposed: bool = False):
+    """The product in float32. All matrices of the stack take part, those of others with no row."""
+    sizes_G = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(len(w_GDF), jnp.int32), sizes_E, first, axis=0)
+    contracted = ((1,), (2 if transposed else 1,))
+    dims = jax.lax.RaggedDotDimensionNumbers((contracted, ((), ())), [0], [0])
+    return jax.lax.ragged_dot_general(x_RD, w_GDF, sizes_G, dims, preferred_element_type=jnp.float32)

@@ -10,20 +10,17 @@ Mosaic GPU is loaded when a kernel is traced, not before: other platforms ask :f
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.hopper import simulated, wrong_device
 from pallas_kernels.segmented_attention.segments import Segments
 from pallas_kernels.segmented_attention.selection import cut, tails
 
 TILE = 128  # of queries; a segment holds whole ones
 KEY_WIDTHS, VALUE_WIDTHS = (64, 128, 192), (64, 128)  # what the registers of two warpgroups hold
-SIMULATOR_THREADS = 8  # 3 warpgroups, the copies, and the programs around them
-MISCOMPILED = range(12080, 12091)  # by ptxas of these versions of CUDA: masks between products (JAX refuses them too)
 
 
 def why_not(function: str, *arrays: Any, **static: Any) -> str | None:
@@ -40,22 +37,7 @@ def why_not(function: str, *arrays: Any, **static: Any) -> str | None:
         return f"segment_size is {static['segments'].size}; the kernel takes multiples of {TILE}"
     if static["scale"] <= 0:
         return f"scale is {static['scale']}; the kernel takes positive ones"
-    return _wrong_device()
-
-
-@functools.cache
-def _wrong_device() -> str | None:
-    """Why the GPU that is here is none for the kernel. Where there is none, a program may be compiled for another."""
-    if jax.default_backend() != "gpu":
-        return None
-    from jax._src.lib import cuda_versions
-
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != "9.0":
-        return f"the device is {device.device_kind}; the kernel is written for Hopper (H100, H200)"
-    if cuda_versions is not None and cuda_versions.cuda_runtime_get_version() in MISCOMPILED:
-        return "CUDA 12.8.0 to 12.9.0 miscompiles masks; install 12.9.1 or newer"
-    return None
+    return wrong_device()
 
 
 def forward(
@@ -114,22 +96,9 @@ def backward(
 
 
 def _simulated(f: Any, *arrays: Any, **static: Any) -> Any:
-    """``f``, simulated on the host: shared memory, copies, barriers and warpgroups.
-
-    The simulator keeps its order by effects, which branches by platform do not allow: hence a program of its own. It
-    lets threads of XLA wait for each other, and hangs where there are too few.
-    """
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    simulate = jax.jit(functools.partial(f, **static, interpret=InterpretGPUParams()))
-
-    def run(*arrays: Any) -> Any:
-        if max(os.cpu_count() or 1, jax.local_device_count("cpu")) < SIMULATOR_THREADS:
-            flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={SIMULATOR_THREADS}"
-            raise RuntimeError(f"simulating a GPU takes more threads than there are processors here: set {flag}")
-        return simulate(*arrays)
-
-    return jax.pure_callback(run, jax.eval_shape(functools.partial(f, **static), *arrays), *arrays)
+    return simulated(f, InterpretGPUParams(), *arrays, **static)
 
 
 class _Whole:

@@ -1,0 +1,15 @@
+"""Entropy constraints, dropless, compensated gradients.
+
+    dsjax train configs/router_study/entropy_compensated.py
+
+Result: see docs/numerics.md.
+"""
+
+from none import variant
+
+from dsjax.nn.routing_losses import EntropyConstraint
+from dsjax.train.pretrain import Pretrain
+
+
+def get_config() -> Pretrain:
+    return variant(compensation=0.5, entropy=EntropyConstraint())

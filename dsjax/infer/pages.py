@@ -1,0 +1,250 @@
+"""Who has which pages: free lists, owners, the tables of rows, and prompts whose pages later ones take over.
+
+All of it is bookkeeping on the host. Pages of a cache (:class:`dsjax.nn.cache.Pages`) are numbered in the pool of the
+device that they lie on; a device's pool is one of a batch part (its rows) and a slot part (its slots of a row).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsjax.nn.cache import num_slots
+from dsjax.nn.masks import AttentionMask, Causal
+from pallas_kernels.segmented_attention import Segments
+
+
+class Pool:
+    """Pages of one pool, each free or with a number of owners. All calls take constant time."""
+
+    def __init__(self, num_pages: int):
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._owners = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody owns."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free page, with one owner.
+
+        Raises:
+            IndexError: there is none.
+        """
+        page = self._free.pop()
+        self._owners[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more owner of a page that has some."""
+        assert self._owners[page] > 0, f"page {page} has no owner"
+        self._owners[page] += 1
+
+    def release(self, page: int) -> None:
+        """One owner less; the last one leaves the page free."""
+        assert self._owners[page] > 0, f"page {page} has no owner"
+        self._owners[page] -= 1
+        if not self._owners[page]:
+            self._free.append(page)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which logical pages a row needs in one layer group.
+
+    Attributes:
+        masks: what its layers see in turn.
+        page_size: slots of a page.
+        columns: logical pages of a row at the most.
+        parts: devices that share a row's slots.
+    """
+
+    masks: tuple[AttentionMask, ...]
+    page_size: int
+    columns: int
+    parts: int = 1
+
+    def needed(self, start: int, end: int) -> range:
+        """Logical pages that hold what positions from ``start`` on see, with all positions before ``end`` written."""
+        last = max((_slots(mask, end) for mask in self.masks), default=0)
+        first = 0
+        if all(isinstance(mask, Causal) and mask.window is not None for mask in self.masks):
+            window = max(mask.window or 0 for mask in self.masks if isinstance(mask, Causal))
+            first = max(start - window + 1, 0) // self.page_size
+        return range(first, -(-last // self.page_size))
+
+    def closed(self, length: int) -> range:
+        """Logical pages that are full with ``length`` positions and are never written again."""
+        first, full = 0, []
+        for mask in self.masks:
+            if not isinstance(mask, Segments):
+                full.append(length)
+                continue
+            head = mask.size - mask.window
+            whole, offset = divmod(length + mask.shift, mask.size)
+            first = max(first, -(-head // self.page_size))
+            full.append(head + whole * mask.window + max(offset - head, 0))
+        return range(first, max(min(full) // self.page_size, first))
+
+    def column(self, logical: int) -> int:
+        """Where a logical page stands in the table of a row: those of one device side by side."""
+        return logical % self.parts * (self.columns // self.parts) + logical // self.parts
+
+
+def _slots(mask: AttentionMask, length: int) -> int:
+    """Slots up to the last one in use; of a first segment that has not come to its tail, part of the head."""
+    if length == 0:
+        return 0
+    used = num_slots(mask, length)
+    return min(used, length + mask.shift) if isinstance(mask, Segments) and used == mask.size - mask.window else used
+
+
+class Tables:
+    """The pages of all rows, by layer group.
+
+    Args:
+        layouts: of the groups.
+        batch: rows.
+        pools: pages of each device's pool, by group.
+        parts: devices over which rows are cut.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], batch: int, pools: Sequence[int], parts: int = 1):
+        self.layouts = tuple(layouts)
+        self.rows_of_part = batch // parts
+        self.tables = [np.full((batch, layout.columns), -1, np.int32) for layout in layouts]
+        self.pools = [
+            [[Pool(size) for _ in range(layout.parts)] for _ in range(parts)]
+            for layout, size in zip(layouts, pools, strict=True)
+        ]
+        self._has = [[range(0)] * len(layouts) for _ in range(batch)]  # among these are all pages of a row
+        self._grown = [[0] * len(layouts) for _ in range(batch)]  # what is needed in front of it is there
+
+    def pool(self, group: int, row: int, logical: int) -> Pool:
+        """The pool in which a logical page of a row lies."""
+        return self.pools[group][row // self.rows_of_part][logical % self.layouts[group].parts]
+
+    def page(self, group: int, row: int, logical: int) -> int:
+        """The page of a logical page; -1: none."""
+        return int(self.tables[group][row, self.layouts[group].column(logical)])
+
+    def put(self, group: int, row: int, logical: int, page: int) -> None:
+        """Gives a row a page that it owns from now on."""
+        assert self.page(group, row, logical) == -1, "a page would be lost"
+        self.tables[group][row, self.layouts[group].column(logical)] = page
+        has = self._has[row][group]
+        self._has[row][group] = range(min(has.start, logical) if has else logical, max(has.stop, logical + 1))
+
+    def drop(self, group: int, row: int, logical: int) -> None:
+        """Gives a page back, if the row has it."""
+        if (page := self.page(group, row, logical)) >= 0:
+            self.tables[group][row, self.layouts[group].column(logical)] = -1
+            self.pool(group, row, logical).release(page)
+
+    def grow(self, row: int, start: int, end: int) -> bool:
+        """Gives a row what positions ``start`` ... ``end`` need, and takes what they do not; False: nothing is done.
+
+        Constant time for each page that comes or goes.
+        """
+        needed = [layout.needed(start, end) for layout in self.layouts]
+        missing, wanted = list[tuple[int, int]](), Counter[int]()
+        for group, logicals in enumerate(needed):
+            for logical in range(max(logicals.start, self._grown[row][group]), logicals.stop):
+                if self.page(group, row, logical) < 0:
+                    pool = self.pool(group, row, logical)
+                    missing.append((group, logical))
+                    wanted[id(pool)] += 1
+                    if wanted[id(pool)] > pool.num_free:
+                        return False
+        for group, logical in missing:
+            self.put(group, row, logical, self.pool(group, row, logical).take())
+        for group, logicals in enumerate(needed):
+            has = self._has[row][group]
+            for logical in range(has.start, min(has.stop, logicals.start)):
+                self.drop(group, row, logical)
+            self._has[row][group] = range(max(has.start, logicals.start), has.stop)
+            self._grown[row][group] = max(self._grown[row][group], logicals.stop)
+        return True
+
+    def clear(self, row: int) -> None:
+        """Gives all pages of a row back."""
+        for group, has in enumerate(self._has[row]):
+            for logical in has:
+                self.drop(group, row, logical)
+            self._has[row][group], self._grown[row][group] = range(0), 0
+
+
+# ---------------------------------------------------------------- prefixes
+
+
+@dataclasses.dataclass
+class Prefix:
+    """What is kept of the first ``length`` tokens of a prompt, on the devices of one batch part.
+
+    Attributes:
+        length: tokens.
+        shared: (group, logical page, page) of pages that were closed since the prefix before it.
+        copied: (group, logical page, page) of copies of pages that go on being written.
+        state: whatever else belongs to a row; None: nothing does.
+    """
+
+    length: int
+    shared: list[tuple[int, int, int]]
+    copied: list[tuple[int, int, int]]
+    state: Any = None
+
+
+class Prefixes:
+    """Prefixes by a hash of their tokens, at multiples of ``stride``; the ones not used for longest go first."""
+
+    def __init__(self, stride: int, release: Callable[[int, int, int, int], None]):
+        """``release(part, group, logical, page)`` gives a page back."""
+        self.stride, self._release = stride, release
+        self._known: OrderedDict[bytes, tuple[int, Prefix]] = OrderedDict()
+
+    def keys(self, part: int, tokens: Sequence[int]) -> list[bytes]:
+        """One for each prefix of whole strides, on a batch part; it depends on all tokens before."""
+        key, keys = str(part).encode(), []
+        for start in range(0, len(tokens) - self.stride + 1, self.stride):
+            block = np.asarray(tokens[start : start + self.stride], np.int32).tobytes()
+            key = hashlib.sha256(key + block).digest()
+            keys.append(key)
+        return keys
+
+    def find(self, keys: Sequence[bytes]) -> list[Prefix]:
+        """The known ones from the first on, each of which continues the one before."""
+        num = next((i for i, key in enumerate(keys) if key not in self._known), len(keys))
+        self._touch(keys[:num])
+        return [self._known[key][1] for key in keys[:num]]
+
+    def add(self, part: int, keys: Sequence[bytes], prefix: Prefix) -> None:
+        """Keeps the prefix of the last key; its pages are owned from now on."""
+        assert keys[-1] not in self._known
+        self._known[keys[-1]] = (part, prefix)
+        self._touch(keys)
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        for key in reversed(keys):  # so that a prefix goes before the one that it continues
+            if key in self._known:
+                self._known.move_to_end(key)
+
+    def forget(self) -> bool:
+        """Lets the prefix go that was not used for longest; False: there is none."""
+        if not self._known:
+            return False
+        _, (part, prefix) = self._known.popitem(last=False)
+        for group, logical, page in (*prefix.shared, *prefix.copied):
+            self._release(part, group, logical, page)
+        return True
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._known
+
+    def __len__(self) -> int:
+        return len(self._known)
