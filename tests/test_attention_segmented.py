@@ -18,7 +18,17 @@ from models import V, graph, logits, random_tokens, weights
 from dsjax.config import UserError, apply_overrides, validate
 from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
 from dsjax.nn.attention import Attention, AttentionConfig, whole_segments
-from dsjax.nn.cache import GroupCache, LayerCache, RowState, empty_pages, held_positions, num_slots, slots_of, written
+from dsjax.nn.cache import (
+    GroupCache,
+    LayerCache,
+    RowState,
+    empty_pages,
+    held_positions,
+    num_slots,
+    slots_by_head,
+    slots_of,
+    written,
+)
 from dsjax.nn.masks import Documents, Segmented, sees
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
@@ -83,6 +93,9 @@ LAYERS = {
     "chosen": (Segments(6, 3, 0, top=1), 2),
     "first and previous": (Segments(4, 2, 2, top=0), 1),
     "chosen, first cut short": (Segments(6, 4, 5, top=2), 2),
+    "by head": (Segmented(8, 4, "heads"), 1),
+    "by head, short tails": (Segmented(6, 2, "heads"), 2),
+    "by head, chosen": (Segmented(6, 3, "heads", 1), 2),
 }
 
 
@@ -90,8 +103,9 @@ LAYERS = {
 def layer(name: str, dtype: str = "float32") -> Any:
     """A layer's output at all positions at once, and functions that prefill and continue a cache."""
     mask, G = LAYERS[name]
-    segmented = Segmented(mask.size, mask.window, mask.shift, mask.top)
+    segmented = mask if isinstance(mask, Segmented) else Segmented(mask.size, mask.window, mask.shift, mask.top)
     cfg = AttentionConfig(num_heads=2 * G, num_kv_heads=2, head_dim=4, segmented=segmented)
+    mask = cfg.mask(0)
     module = Attention(cfg, 8, rngs=nnx.Rngs(0))
     x_BTD = 2 * jax.random.normal(jax.random.key(1), (3, T, 8))
     slots, sums = cfg.cache_size(T)
@@ -109,10 +123,10 @@ def layer(name: str, dtype: str = "float32") -> Any:
             return module(x_BTD, **options)[0], None
         state = jax.tree.map(lambda x: x[0], cache.state)
         out, made = module(x_BTD, cache=LayerCache(cache.pages, 0, state), lengths_B=lengths_B, **options)
-        slots_NBT = None
+        slots_NBTn = None
         if lengths_B is not None:
-            slots_NBT = slots_of(mask, lengths_B, x_BTD.shape[1], real_B)[None]
-        return out, written(cache, jax.tree.map(lambda x: x[None], made), slots_NBT)
+            slots_NBTn = slots_by_head(mask, lengths_B, x_BTD.shape[1], real_B)[None]
+        return out, written(cache, jax.tree.map(lambda x: x[None], made), slots_NBTn)
 
     run = functools.partial(jax.jit(call), module)
     whole = np.asarray(run(x_BTD, None, None, jnp.full(3, T))[0])
@@ -146,7 +160,7 @@ def test_prefill_and_decode_give_every_position_of_ragged_rows(name: str) -> Non
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(["short tails", "long tails", "chosen, first cut short"]),
+    st.sampled_from(["short tails", "chosen, first cut short", "by head, short tails", "by head, chosen"]),
     st.lists(st.integers(1, T), min_size=3, max_size=3) | st.just([0, 0, 0]),
     st.lists(st.lists(st.integers(0, CHUNK), min_size=9, max_size=9), min_size=3, max_size=3),
 )
@@ -301,14 +315,6 @@ def test_nothing_is_seen_across_documents_nor_behind_a_position() -> None:
 
 
 # ---------------------------------------------------------------- sizes
-
-
-def test_shifts_by_head_have_no_cache_yet() -> None:
-    by_head = dataclasses.replace(ATTENTION, segmented=Segmented(8, shift="heads"))
-    cfg = dataclasses.replace(ALTERNATE, groups=(LayerGroup(MLPConfig(24), by_head),))
-    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
-    with pytest.raises(UserError, match='shift is "heads", for which there is no decode cache yet'):
-        model.empty_cache(1, 16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

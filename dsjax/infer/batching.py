@@ -20,6 +20,7 @@ from dsjax.infer.pages import Layout, Prefix, Prefixes, Tables
 from dsjax.infer.programs import make_programs
 from dsjax.infer.sampling import RowSampling, SamplingConfig
 from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
+from dsjax.nn.masks import parts_of
 from dsjax.sharding import MeshConfig, host_array_to_global, make_mesh
 from pallas_kernels.segmented_attention import Segments
 
@@ -138,7 +139,8 @@ class Engine:
         for group in model.cfg.groups:
             kept, _ = group.attention.cache_size(slots)
             columns = -(-kept // (page_size * self.parts[1]))  # of one device
-            layouts.append(Layout(group.attention.masks(), page_size, columns * self.parts[1], self.parts[1]))
+            masks = tuple(part for mask in group.attention.masks() for part in parts_of(mask))
+            layouts.append(Layout(masks, page_size, columns * self.parts[1], self.parts[1]))
             pools.append(math.ceil(num_positions / self.max_length / self.parts[0] * columns))
         self.tables = Tables(layouts, batch_size, pools, self.parts[0])
         options = {"page_size": page_size, "parts": self.parts, "lanes": lanes_of(self.mesh), "pools": tuple(pools)}

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.nn.attention import Attention, AttentionConfig
-from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, append, check_slots, empty_group, slots_of, written
+from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, append, empty_group, slots_by_head, written
 from dsjax.nn.history import Copy, CopyConfig, CopyHead, History, NgramConfig, NgramEmbedding, longest_match
 from dsjax.nn.masks import Documents, Leaf
 from dsjax.nn.mlp import MLPConfig
@@ -351,12 +351,12 @@ class Decoder(nnx.Module):
         x_BTD, (new, stats) = run(layers, x_BTD, (weights, old and old.state, numbers), len(depths), wrap)
         if old is None:
             return x_BTD, None, stats
-        slots_NBT = None
+        slots_NBTn = None
         if lengths_B is not None:
             new_B = jnp.sum(documents.ids_BT > 0, axis=1)
             T = x_BTD.shape[1]
-            slots_NBT = jnp.stack([slots_of(attention.mask(depth), lengths_B, T, new_B) for depth in turn])
-        return x_BTD, written(old, new, slots_NBT), stats
+            slots_NBTn = jnp.stack([slots_by_head(attention.mask(depth), lengths_B, T, new_B) for depth in turn])
+        return x_BTD, written(old, new, slots_NBTn), stats
 
     def _auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
         losses: dict[str, Any] = {}
@@ -404,7 +404,6 @@ class Decoder(nnx.Module):
         dtype, groups = dtype or self.compute.dtype, []
         for index, (g, num_layers) in enumerate(self.cfg.sized_groups()):
             a, pool = g.attention, None if pools is None else pools[index]
-            check_slots(a.masks())
             conv = (max(a.conv_taps - 1, 0), self.cfg.d_model)
             layout: dict[str, Any] = {"page_size": page_size, "parts": parts, "lanes": lanes, "pool": pool}
             sizes = (a.cache_size(slots), (a.num_kv_heads, a.head_dim), conv)

@@ -17,7 +17,7 @@ from dsjax.nn.cache import LayerCache, Made, RowState, filled, num_slots, num_ta
 from dsjax.nn.cached_attention import cached_attention, chooses, with_new_tails
 from dsjax.nn.history import ShortConv
 from dsjax.nn.linear import project
-from dsjax.nn.masks import AttentionMask, ByHead, Causal, Documents, Segmented
+from dsjax.nn.masks import AttentionMask, ByHead, Causal, Documents, Segmented, by_head, parts_of
 from dsjax.nn.norm import RMSNorm
 from dsjax.nn.rope import apply_rope
 from dsjax.sharding import current_mesh, map_shards, param
@@ -87,8 +87,8 @@ class AttentionConfig:
     def cache_size(self, length: int) -> tuple[int, int]:
         """What a layer keeps of ``length`` positions of a row: slots, and sums of tails."""
         slots = max(num_slots(mask, length) for mask in self.masks())
-        chosen_from = [max(num_tails(m, length), 1) for m in self.masks() if isinstance(m, Segments) and chooses(m)]
-        return slots, max(chosen_from, default=0)
+        parts = [part for mask in self.masks() if chooses(mask) for part in parts_of(mask)]
+        return slots, max((max(num_tails(part, length), 1) for part in parts if isinstance(part, Segments)), default=0)
 
 
 _pairs = functools.lru_cache(maxsize=1024)(Segments.visible_pairs)  # a search for a mesh asks again and again
@@ -153,7 +153,7 @@ class Attention(nnx.Module):
             out_BTKGH = self._whole_rows(q_BTKGH, k_BTKH, v_BTKH, documents, mask)
             new = all_kept(k_BTKH, v_BTKH, cache, state, documents.ids_BT, mask)
         else:
-            if isinstance(mask, Segments) and chooses(mask):
+            if chooses(mask):
                 sums_BJKH = with_new_tails(state.tail_sums_BJKH, k_BTKH, documents.ids_BT, lengths_B, mask)
                 state = dataclasses.replace(state, tail_sums_BJKH=sums_BJKH)
             cache = dataclasses.replace(cache, state=state)
@@ -190,13 +190,13 @@ class Attention(nnx.Module):
                 )
             return out_bTnH.reshape(b, T, k, G, H)
 
-        run = by_head(attend, mask) if isinstance(mask, ByHead) else functools.partial(attend, mask)
+        run = heads_apart(attend, mask) if isinstance(mask, ByHead) else functools.partial(attend, mask)
         length = "length" if axes else None
         q, kv = ("batch", length, "kv_heads", "heads_per_kv", None), ("batch", length, "kv_heads", None)
         return map_shards(run, (q, kv, kv, ("batch", length)), q)(q_BTKGH, k_BTKH, v_BTKH, documents.ids_BT)
 
 
-def by_head(attend: Callable[..., jax.Array], mask: ByHead) -> Callable[..., jax.Array]:
+def heads_apart(attend: Callable[..., jax.Array], mask: ByHead) -> Callable[..., jax.Array]:
     """``attend(mask, q, k, v, ids)`` inside a :func:`map_shards`, of heads that see different things.
 
     Heads that see the same go together. Devices that share heads out have what stands at the places of their own.
@@ -255,8 +255,10 @@ def all_kept(
     mask: AttentionMask,
 ) -> Made:
     """All pages of a layer whose cache held nothing."""
-    if isinstance(mask, Segments) and chooses(mask):
-        sums_BJKH = tail_sums(k_BTKH, ids_BT, mask, state.tail_sums_BJKH.shape[1])
+    if chooses(mask):
+        num = state.tail_sums_BJKH.shape[1]
+        place_K = jnp.arange(k_BTKH.shape[2]) % len(parts_of(mask))
+        sums_BJKH = by_head(mask, place_K, lambda segments: tail_sums(k_BTKH, ids_BT, segments, num), axis=2)
         state = dataclasses.replace(state, tail_sums_BJKH=sums_BJKH)
     real_B = jnp.sum(ids_BT > 0, axis=1)
     k_MKPH, v_MKPH = (filled(to_keep(x_BTKH, cache), mask, cache.pages, real_B) for x_BTKH in (k_BTKH, v_BTKH))

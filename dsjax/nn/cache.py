@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,8 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsjax.config import UserError
-from dsjax.nn.masks import AttentionMask, ByHead, Leaf
+from dsjax.nn.masks import AttentionMask, Causal, Leaf, by_head, parts_of
 from dsjax.sharding import Rules, current_mesh, map_shards
 from pallas_kernels.paged_attention import NEVER
 from pallas_kernels.segmented_attention import Segments
@@ -202,20 +200,11 @@ def num_tails(segments: Segments, length: int) -> int:
 
 def num_slots(mask: AttentionMask, length: int) -> int:
     """Slots that ``length`` positions of a row need."""
-    if isinstance(mask, Segments):
-        return mask.size - mask.window + mask.window * num_tails(mask, length)
-    return length
+    parts = [part for part in parts_of(mask) if isinstance(part, Segments)]
+    return max((s.size - s.window + s.window * num_tails(s, length) for s in parts), default=length)
 
 
-def check_slots(masks: Iterable[AttentionMask]) -> None:
-    """Raises UserError where a slot would hold another position for each head, which is not done yet."""
-    if any(isinstance(mask, ByHead) for mask in masks):
-        raise UserError(
-            'attention.segmented.shift is "heads", for which there is no decode cache yet; take "alternate"'
-        )
-
-
-def held_positions(mask: AttentionMask, slots: Int[Array, ...], lengths: Int[Array, ...]) -> Int[Array, ...]:
+def held_positions(mask: Causal | Segments, slots: Int[Array, ...], lengths: Int[Array, ...]) -> Int[Array, ...]:
     """The position that each slot holds, of ``lengths`` that have been written (both are broadcast); NEVER: none."""
     position = slots
     if isinstance(mask, Segments):
@@ -226,7 +215,16 @@ def held_positions(mask: AttentionMask, slots: Int[Array, ...], lengths: Int[Arr
     return jnp.where((position >= 0) & (position < lengths), position, NEVER)
 
 
-def slots_of(mask: AttentionMask, lengths_B: Int[Array, B], num_new: int, real_B: Int[Array, B]) -> Int[Array, "B T"]:
+def slots_by_head(
+    mask: AttentionMask, lengths_B: Int[Array, B], num_new: int, real_B: Int[Array, B]
+) -> Int[Array, "B T n"]:
+    """:func:`slots_of` what heads see in turn."""
+    return jnp.stack([slots_of(part, lengths_B, num_new, real_B) for part in parts_of(mask)], axis=-1)
+
+
+def slots_of(
+    mask: Causal | Segments, lengths_B: Int[Array, B], num_new: int, real_B: Int[Array, B]
+) -> Int[Array, "B T"]:
     """The slot of each of ``num_new`` positions behind ``lengths_B``, of which ``real_B`` count; -1: it is not kept."""
     position_BT = lengths_B[:, None] + jnp.arange(num_new)
     last_B1 = (lengths_B + real_B)[:, None] - 1
@@ -246,6 +244,14 @@ def own_part() -> tuple[Array | int, int]:
     if current is None or not axes:
         return 0, 1
     return jax.lax.axis_index(axes), math.prod(current[0].shape[axis] for axis in axes)
+
+
+def own_places(num_parts: int, num_heads: int) -> Int[Array, " k"]:
+    """Inside a :func:`map_shards`: where this device's key/value heads stand among the parts of a mask."""
+    current = current_mesh()
+    axes = () if current is None else current[1].kv_heads
+    first = jax.lax.axis_index(axes) * num_heads if axes else 0
+    return (first + jnp.arange(num_heads)) % num_parts
 
 
 # ---------------------------------------------------------------- writing
@@ -272,14 +278,20 @@ def filled(
     P, columns = pages.k_LMKPH.shape[3], pages.table_BJ.shape[1]
 
     def fill(new_bTkH, lengths_b):
-        all_bSkH, (b, _, *kH) = new_bTkH, new_bTkH.shape
-        if isinstance(mask, Segments):
-            head = mask.size - mask.window
-            cut_bJWkH = cut(new_bTkH, mask)
-            head_bSkH = cut_bJWkH[jnp.arange(b), mask.of(lengths_b - 1), :head]
-            all_bSkH = jnp.concatenate([head_bSkH, cut_bJWkH[:, :, head:].reshape(b, -1, *kH)], axis=1)
+        b, _, *kH = new_bTkH.shape
+
+        def slots(mask):
+            all_bSkH = new_bTkH
+            if isinstance(mask, Segments):
+                head = mask.size - mask.window
+                cut_bJWkH = cut(new_bTkH, mask)
+                head_bSkH = cut_bJWkH[jnp.arange(b), mask.of(lengths_b - 1), :head]
+                all_bSkH = jnp.concatenate([head_bSkH, cut_bJWkH[:, :, head:].reshape(b, -1, *kH)], axis=1)
+            return _resized(all_bSkH, columns * P)
+
         part, parts = own_part()
-        all_bJpPkH = _resized(all_bSkH, columns * P).reshape(b, columns // parts, parts, P, *kH)
+        all_bSkH = by_head(mask, own_places(len(parts_of(mask)), kH[0]), slots, axis=2)
+        all_bJpPkH = all_bSkH.reshape(b, columns // parts, parts, P, *kH)
         own_bJPkH = jax.lax.dynamic_index_in_dim(all_bJpPkH, part, axis=2, keepdims=False)
         return own_bJPkH.swapaxes(2, 3).reshape(-1, kH[0], P, kH[1])
 
@@ -301,7 +313,7 @@ def _resized(x_BS: Array, size: int) -> Array:
     return jnp.pad(x_BS, widths)[:, :size]
 
 
-def written(old: GroupCache, made: Made, slots_NBT: Int[Array, "N B T"] | None) -> GroupCache:
+def written(old: GroupCache, made: Made, slots_NBTn: Int[Array, "N B T n"] | None) -> GroupCache:
     """The cache of a group of layers with what all of them made of T new positions.
 
     At once and behind the last layer: if it is written in the loop over layers, a TPU copies all of it for each.
@@ -309,13 +321,14 @@ def written(old: GroupCache, made: Made, slots_NBT: Int[Array, "N B T"] | None) 
     Args:
         old: the cache before.
         made: stacked over the layers.
-        slots_NBT: where the positions go, -1: nowhere; layer l has slots l modulo N. None: ``made`` holds all pages.
+        slots_NBTn: where the positions go, -1: nowhere; layer l has slots l modulo N, head k of it those at k modulo n.
+            None: ``made`` holds all pages.
     """
     pages = old.pages
-    if slots_NBT is None:
+    if slots_NBTn is None:
         return GroupCache(Pages(made.k_BTKH, made.v_BTKH, pages.table_BJ), made.state)
     k_LMKPH, v_LMKPH = (
-        write_slots(pool, new, pages.table_BJ, slots_NBT)
+        write_slots(pool, new, pages.table_BJ, slots_NBTn)
         for pool, new in ((pages.k_LMKPH, made.k_BTKH), (pages.v_LMKPH, made.v_BTKH))
     )
     return GroupCache(Pages(k_LMKPH, v_LMKPH, pages.table_BJ), made.state)
@@ -325,27 +338,28 @@ def write_slots(
     pool_LMKPH: Float[Array, "L M K P H"],
     new_LBTKH: Float[Array, "L B T K H"],
     table_BJ: Int[Array, "B J"],
-    slots_NBT: Int[Array, "N B T"],
+    slots_NBTn: Int[Array, "N B T n"],
 ) -> Float[Array, "L M K P H"]:
-    """T new positions of each row in their slots, those of layer l in ``slots_NBT[l % N]``.
+    """T new positions of each row in their slots, those of layer l and head k in ``slots_NBTn[l % N, ..., k % n]``.
 
     Only those are written, so that a pool that is given away is changed in place. Each device writes what lies in its
     own pages. What has no page is dropped.
     """
 
-    def write(pool_LmkPH, new_LbTkH, table_bj, slots_NbT):
+    def write(pool_LmkPH, new_LbTkH, table_bj, slots_NbTn):
         (L, m, k, P, H), columns, (part, parts) = pool_LmkPH.shape, table_bj.shape[1], own_part()
-        logical_NbT = slots_NbT // P
-        column_NbT = jnp.where(logical_NbT % parts == part, logical_NbT // parts, columns)
-        found = jnp.take_along_axis(table_bj[None], jnp.clip(column_NbT, 0, columns - 1), axis=2)
-        page_NbT = jnp.where((slots_NbT >= 0) & (column_NbT < columns), found, -1)
-        layer_L = jnp.arange(L)
-        page_LbT, slot_LbT = (x_NbT[layer_L % len(slots_NbT)] for x_NbT in (page_NbT, slots_NbT % P))
+        (N, b, _, n), layer_L = slots_NbTn.shape, jnp.arange(L)
+        logical = slots_NbTn // P
+        column = jnp.where(logical % parts == part, logical // parts, columns)
+        clipped = jnp.clip(column, 0, columns - 1).reshape(N, b, -1)
+        found = jnp.take_along_axis(table_bj[None], clipped, axis=2).reshape(column.shape)
+        page = jnp.where((slots_NbTn >= 0) & (column < columns), found, -1)
+        page_LbTk, slot_LbTk = (x[layer_L % N][..., own_places(n, k)] for x in (page, slots_NbTn % P))
         # As rows of one matrix: in its own shape a TPU would bring the pool into another layout and back.
-        row_LbTk = ((layer_L[:, None, None] * m + page_LbT)[..., None] * k + jnp.arange(k)) * P + slot_LbT[..., None]
-        row_LbTk = jnp.where((page_LbT >= 0)[..., None], row_LbTk, L * m * k * P)
+        row_LbTk = ((layer_L[:, None, None, None] * m + page_LbTk) * k + jnp.arange(k)) * P + slot_LbTk
+        row_LbTk = jnp.where(page_LbTk >= 0, row_LbTk, L * m * k * P)
         rows = pool_LmkPH.reshape(-1, H).at[row_LbTk.reshape(-1)]
         return rows.set(new_LbTkH.reshape(-1, H), mode="drop", unique_indices=False).reshape(pool_LmkPH.shape)
 
-    axes = (POOL, ("layers", "batch", None, "kv_heads", None), ("batch", "slots"), (None, "batch", None))
-    return map_shards(write, axes, POOL)(pool_LMKPH, new_LBTKH, table_BJ, slots_NBT)
+    axes = (POOL, ("layers", "batch", None, "kv_heads", None), ("batch", "slots"), (None, "batch", None, None))
+    return map_shards(write, axes, POOL)(pool_LMKPH, new_LBTKH, table_BJ, slots_NBTn)

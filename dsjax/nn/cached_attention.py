@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsjax.nn.cache import POOL, LayerCache, held_positions, own_part
-from dsjax.nn.masks import AttentionMask, ByHead, Causal, sees
+from dsjax.nn.cache import POOL, LayerCache, held_positions, own_part, own_places
+from dsjax.nn.masks import AttentionMask, ByHead, Causal, by_head, parts_of, sees
 from dsjax.sharding import current_mesh, map_shards, shard
 from pallas_kernels.cost import useful_flops
 from pallas_kernels.paged_attention import ALWAYS, NEVER, paged_attention
@@ -28,11 +28,10 @@ def cached_attention(
     On a mesh each device looks at its own pages, for all query heads of its key/value heads; what is exchanged are
     queries, and maxima, sums and outputs of the softmax. The cache's sums of tails are those with the new positions.
     """
-    assert not isinstance(mask, ByHead)  # has no slots (dsjax.nn.cache.check_slots)
     q_BTKGH = shard(q_BTKGH, "batch", None, "kv_heads", None, None)
     position_BT = lengths_B[:, None] + jnp.arange(q_BTKGH.shape[1])
     chosen_BTKX = None
-    if isinstance(mask, Segments) and chooses(mask):
+    if chooses(mask):
         chosen_BTKX = chosen_tails(q_BTKGH, cache.state.tail_sums_BJKH, position_BT, mask)
     held, held_log = attend_held(q_BTKGH, cache, lengths_B, mask, chosen_BTKX)
     new, new_log = attend_new(q_BTKGH, k_BTKH, v_BTKH, position_BT, mask, chosen_BTKX)
@@ -50,10 +49,13 @@ def attend_new(
     chosen_BTKX: Int[Array, "B T K X"] | None,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
     """New positions against each other: output, and logarithm of the softmax' sum, float32."""
-    # Causal positions see by their distance, wherever they stand.
-    at_BKT = position_BT[:, None] if isinstance(mask, Segments) else jnp.arange(position_BT.shape[1])[None, None]
     chosen = None if chosen_BTKX is None else chosen_BTKX.swapaxes(1, 2)[..., None, :]
-    sees_BKTS = sees(mask, at_BKT[..., None], at_BKT[:, :, None], chosen)
+
+    def seen(mask):  # causal positions see by their distance, wherever they stand
+        at_BKT = position_BT[:, None] if isinstance(mask, Segments) else jnp.arange(position_BT.shape[1])[None, None]
+        return sees(mask, at_BKT[..., None], at_BKT[:, :, None], chosen)
+
+    sees_BKTS = by_head(mask, places(mask, k_BTKH.shape[2]), seen, axis=1)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32)
     scores = jnp.where(sees_BKTS[:, :, None], scores * q_BTKGH.shape[-1] ** -0.5, -jnp.inf)
     log_BKGT = jax.nn.logsumexp(scores, axis=-1)
@@ -76,14 +78,17 @@ def attend_held(
     wide = [(0, 0)] * 4 + [(0, cache.pages.k_LMKPH.shape[-1] - H)]  # pages may be wider than heads
 
     def attend(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen_bTkX=None):
-        if chosen_bTkX is None:
+        pages = (q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number)
+        if chosen_bTkX is not None:
+            assert not isinstance(mask, Causal)
+            out, log = _chosen_pages(*pages, chosen_bTkX, mask, scale)
+        else:
             room = table_bJ.shape[1] * own_part()[1] * k_LmkPH.shape[3]
             with useful_flops(min((cache.slots or room) / room, 1)):  # the rest fills pages up
-                out, log = _all_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask, scale)
-        else:
-            assert isinstance(mask, Segments)
-            choice = (chosen_bTkX, mask, scale)
-            out, log = _chosen_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, *choice)
+                if isinstance(mask, ByHead):
+                    out, log = _pages_by_head(*pages, mask, scale)
+                else:
+                    out, log = _all_pages(*pages, mask, scale)
         out = out[..., :H]
         if not over:
             return out, log
@@ -102,7 +107,7 @@ def attend_held(
     return map_shards(attend, tuple(axes), (q, log))(*arrays)
 
 
-def _all_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: AttentionMask, scale):
+def _all_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: Causal | Segments, scale):
     """All that the mask lets through; of a window only the pages in which it can lie."""
     (b, T, k, G, H), (L, m, _, P, _), (part, parts) = q_bTkGH.shape, k_LmkPH.shape, own_part()
     first_bT = first_seen(mask, lengths_b[:, None] + jnp.arange(T))
@@ -129,14 +134,43 @@ def _all_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: Att
     return out.reshape(b, T, k, G, -1), log.reshape(b, T, k, G)
 
 
-def _chosen_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen_bTkX, mask: Segments, scale):
+def _pages_by_head(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: ByHead, scale):
+    """All that the heads' masks let through: each (row, head) is a row for the kernel, and each (page, head) a page."""
+    (b, T, k, G, H), (L, m, _, P, _), (part, parts) = q_bTkGH.shape, k_LmkPH.shape, own_part()
+    place_k, position_bT = own_places(len(mask.parts), k), lengths_b[:, None] + jnp.arange(T)
+    first_bkT = by_head(mask, place_k, lambda segments: first_seen(segments, position_bT)[:, None], axis=1)
+    slots_JP = (jnp.arange(table_bJ.shape[1]) * parts + part)[:, None] * P + jnp.arange(P)
+
+    def positions(segments):
+        return visible_from(segments, slots_JP, lengths_b[:, None, None])[:, None]
+
+    position_bkJP = by_head(mask, place_k, positions, axis=1)
+    seen_bkJ = (position_bkJP >= first_bkT[..., :1, None]).any(axis=-1) & (table_bJ >= 0)[:, None]
+    page_bkJ = jnp.where(seen_bkJ, (number * m + table_bJ[:, None]) * k + jnp.arange(k)[:, None], -1)
+    out, log = paged_attention(
+        q_bTkGH.swapaxes(1, 2).reshape(b * k, T, G, H),
+        k_LmkPH.reshape(L * m * k, 1, P, H),
+        v_LmkPH.reshape(L * m * k, 1, P, -1),
+        page_bkJ.reshape(b * k, -1),
+        position_bkJP.reshape(b * k, -1, P),
+        first_bkT.reshape(b * k, T),
+        scale=scale,
+    )
+    return out.reshape(b, k, T, G, -1).swapaxes(1, 2), log.reshape(b, k, T, G).swapaxes(1, 2)
+
+
+def _chosen_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen_bTkX, mask: Segments | ByHead, scale):
     """The pages of the open segment's head, of the chosen tails, and of the own one: a list for each query and head.
 
     So each (row, position, head) is a row of the kernel's, and each (page, head) a page.
     """
     (b, T, k, G, H), (L, m, _, P, _), (part, parts) = q_bTkGH.shape, k_LmkPH.shape, own_part()
-    head, w, position_bT = mask.size - mask.window, mask.window, lengths_b[:, None] + jnp.arange(T)
-    own_bTk1 = jnp.broadcast_to(mask.of(position_bT)[..., None, None], (b, T, k, 1))
+    place_k, position_bT = own_places(len(parts_of(mask)), k), lengths_b[:, None] + jnp.arange(T)
+    segments = parts_of(mask)[0]
+    assert isinstance(segments, Segments)
+    head, w = segments.size - segments.window, segments.window
+    own_bTk = by_head(mask, place_k, lambda segments: segments.of(position_bT)[..., None], axis=2)
+    own_bTk1 = jnp.broadcast_to(own_bTk[..., None], (b, T, k, 1))
     tail_bTkX = jnp.concatenate([chosen_bTkX, own_bTk1], axis=-1)
     start_bTkX = jnp.where(tail_bTkX >= 0, head + tail_bTkX * w, -1)  # slots of a tail: from here on
     in_a_tail = w // P if head % P == 0 and w % P == 0 else (w - 1) // P + 2
@@ -151,11 +185,13 @@ def _chosen_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen
     end = with_head(head, begin_bTkXE + w)
     slots = logical[..., None] * P + jnp.arange(P)
     there = (slots >= begin[..., None]) & (slots < end[..., None]) & (begin >= 0)[..., None]
-    position = visible_from(mask, slots, lengths_b[:, None, None, None, None])
+    lengths = lengths_b[:, None, None, None, None]
+    position = by_head(mask, place_k, lambda segments: visible_from(segments, slots, lengths), axis=2)
     position = jnp.where(there, position, NEVER)
-    first_bT = first_seen(mask, position_bT)
+    first_bTk = by_head(mask, place_k, lambda segments: first_seen(segments, position_bT)[..., None], axis=2)
+    first_bTk = jnp.broadcast_to(first_bTk, (b, T, k))
     column = logical // parts
-    seen = (position >= first_bT[:, :, None, None, None]).any(axis=-1) & (column < table_bJ.shape[1])
+    seen = (position >= first_bTk[..., None, None]).any(axis=-1) & (column < table_bJ.shape[1])
     seen &= logical % parts == part
     take = jax.vmap(lambda table_J, column: table_J[jnp.clip(column, 0, len(table_J) - 1)])
     page = take(table_bJ, column)
@@ -166,13 +202,13 @@ def _chosen_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen
         v_LmkPH.reshape(L * m * k, 1, P, -1),
         page.reshape(b * T * k, -1),
         position.reshape(b * T * k, -1, P),
-        jnp.repeat(first_bT.reshape(-1), k)[:, None],
+        first_bTk.reshape(-1)[:, None],
         scale=scale,
     )
     return out.reshape(b, T, k, G, -1), log.reshape(b, T, k, G)
 
 
-def visible_from(mask: AttentionMask, slots: Int[Array, ...], lengths: Int[Array, ...]) -> Int[Array, ...]:
+def visible_from(mask: Causal | Segments, slots: Int[Array, ...], lengths: Int[Array, ...]) -> Int[Array, ...]:
     """For :func:`paged_attention`: the position in each slot, ALWAYS where later segments see it, too."""
     position = held_positions(mask, slots, lengths)
     if isinstance(mask, Segments):
@@ -180,20 +216,25 @@ def visible_from(mask: AttentionMask, slots: Int[Array, ...], lengths: Int[Array
     return position
 
 
-def first_seen(mask: AttentionMask, position: Int[Array, ...]) -> Int[Array, ...]:
+def first_seen(mask: Causal | Segments, position: Int[Array, ...]) -> Int[Array, ...]:
     """The first position that one sees, tails apart."""
     if isinstance(mask, Segments):
         return jnp.maximum(mask.of(position) * mask.size - mask.shift, 0)
-    assert isinstance(mask, Causal)
     return jnp.maximum(position - mask.window + 1, 0) if mask.window is not None else jnp.zeros_like(position)
 
 
 # ---------------------------------------------------------------- chosen tails
 
 
-def chooses(segments: Segments) -> bool:
+def chooses(mask: AttentionMask) -> bool:
     """Whether a position looks at some tails only."""
-    return segments.top is not None and segments.window > 0
+    part = parts_of(mask)[0]
+    return isinstance(part, Segments) and part.top is not None and part.window > 0
+
+
+def places(mask: AttentionMask, num_heads: int) -> Int[Array, " K"]:
+    """Where all key/value heads stand among the parts of a mask."""
+    return jnp.arange(num_heads) % len(parts_of(mask))
 
 
 def with_new_tails(
@@ -201,31 +242,38 @@ def with_new_tails(
     k_BTKH: Float[Array, "B T K H"],
     ids_BT: Int[Array, "B T"],
     lengths_B: Int[Array, B],
-    segments: Segments,
+    mask: AttentionMask,
 ) -> Float[Array, "B J K H"]:
     """The sums of tails with the keys of T positions behind ``lengths_B``; those with id 0 do not count."""
     position_BT1 = (lengths_B[:, None] + jnp.arange(k_BTKH.shape[1]))[..., None]
-    into_BTJ = segments.in_tail(position_BT1) & (segments.of(position_BT1) == jnp.arange(sums_BJKH.shape[1]))
-    into_BTJ &= (ids_BT > 0)[..., None]
-    with useful_flops(0):  # a sum, written as a product
-        k_BTKH, into_BTJ = k_BTKH.astype(jnp.float32), into_BTJ.astype(jnp.float32)
-        return sums_BJKH + jnp.einsum("BTJ,BTKH->BJKH", into_BTJ, k_BTKH, precision="highest")
+    k_BTKH = k_BTKH.astype(jnp.float32)
+
+    def more(segments):
+        into_BTJ = segments.in_tail(position_BT1) & (segments.of(position_BT1) == jnp.arange(sums_BJKH.shape[1]))
+        into_BTJ &= (ids_BT > 0)[..., None]
+        with useful_flops(0):  # a sum, written as a product
+            return jnp.einsum("BTJ,BTKH->BJKH", into_BTJ.astype(jnp.float32), k_BTKH, precision="highest")
+
+    return sums_BJKH + by_head(mask, places(mask, k_BTKH.shape[2]), more, axis=2)
 
 
 def chosen_tails(
     q_BTKGH: Float[Array, "B T K G H"],
     sums_BJKH: Float[Array, "B J K H"],
     position_BT: Int[Array, "B T"],
-    segments: Segments,
+    mask: AttentionMask,
 ) -> Int[Array, "B T K X"]:
     """The segments whose tails a position sees, as :func:`pallas_kernels.segmented_attention.selection.choose` has it.
 
     Here of rows of one document each, from the sums of their tails.
     """
-    assert segments.top is not None
-    W, w, J = segments.size, segments.window, sums_BJKH.shape[1]
-    keys_J = jnp.where(jnp.arange(J) == 0, min(w, W - segments.shift), w)  # the first segment may be cut short
-    mean_BJKH = sums_BJKH / keys_J[:, None, None]
-    mean_BTKH = q_BTKGH.astype(jnp.float32).mean(axis=3)
+    J, mean_BTKH = sums_BJKH.shape[1], q_BTKGH.astype(jnp.float32).mean(axis=3)
     there_BTJ = jnp.ones((*position_BT.shape, J), bool)
-    return best_segments(mean_BTKH, mean_BJKH, there_BTJ, segments.of(position_BT), segments.top)
+
+    def best(segments):
+        W, w = segments.size, segments.window
+        keys_J = jnp.where(jnp.arange(J) == 0, min(w, W - segments.shift), w)  # the first segment may be cut short
+        mean_BJKH = sums_BJKH / keys_J[:, None, None]
+        return best_segments(mean_BTKH, mean_BJKH, there_BTJ, segments.of(position_BT), segments.top)
+
+    return by_head(mask, places(mask, q_BTKGH.shape[2]), best, axis=2)

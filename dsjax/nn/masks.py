@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -102,6 +103,24 @@ class ByHead:
 
 
 AttentionMask = Causal | Segments | ByHead
+
+
+def parts_of(mask: AttentionMask) -> tuple[Causal | Segments, ...]:
+    """What key/value heads see in turn: head k what stands at k modulo the length."""
+    return mask.parts if isinstance(mask, ByHead) else (mask,)
+
+
+def by_head(mask: AttentionMask, place_k: Int[Array, " k"], f: Callable[[Any], Array], axis: int) -> Array:
+    """``f`` of what each of some heads sees, those at ``place_k`` of :func:`parts_of`.
+
+    What ``f`` returns has one entry along ``axis``, or one for each head. Of one mask for all, it is returned as it is.
+    """
+    first, *others = parts_of(mask)
+    out = f(first)
+    for number, part in enumerate(others, start=1):
+        here = jnp.expand_dims(place_k == number, [a for a in range(out.ndim) if a != axis % out.ndim])
+        out = jnp.where(here, f(part), out)
+    return out
 
 
 def sees(
