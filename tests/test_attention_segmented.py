@@ -385,5 +385,6 @@ def test_overrides_reach_it() -> None:
         8, 2, top_segments=4
     )
     assert apply_overrides(cfg, [f"{key}=none"]).groups[0].attention.segmented is None
-    with pytest.raises(UserError, match=rf"{key}.shift is 'odd'; it must be one of alternate, cycle or an integer"):
+    allowed = "alternate, cycle, heads or an integer"
+    with pytest.raises(UserError, match=rf"{key}.shift is 'odd'; it must be one of {allowed}"):
         apply_overrides(cfg, [f"{key}.shift=odd"])
