@@ -119,6 +119,31 @@ def needles(
     show({"runs": rows, "summary": summary(rows)}, target)
 
 
+def kept_bits(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    seeds: Annotated[int, arg(help="models of each kind")] = 4,
+    kept: Annotated[str, arg(metavar="FILE", help="a line for each trained model; it goes on from there")] = "",
+) -> None:
+    """Train small models of code that differ in attention alone, and compare their held-out bits per byte."""
+    from benchmarks.kept_bits import study, summary, tables
+
+    target, lines = target_of(json), target_of(kept) or ROOT / "build" / "kept_bits.jsonl"
+    rows = study(seeds, lines, lambda text: print(text, file=sys.stderr, flush=True))
+    print(tables(rows), file=sys.stderr)
+    show({"runs": rows, "summary": summary(rows)}, target)
+
+
+def long_row(*, json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "") -> None:
+    """Train a small model with segmented attention on rows of up to 102,400 real tokens: time and peak memory."""
+    from benchmarks.long_row import run, tables
+
+    target = target_of(json)
+    found = run()
+    print(tables(found), file=sys.stderr)
+    show({"rows": found}, target)
+
+
 def plans(
     only: Annotated[Literal["all", "scaling", "presets", "inference", "published"], arg(help="which part")] = "all",
 ) -> None:
@@ -169,6 +194,8 @@ def main() -> None:
     app.command(attention_memory)
     app.command(attention_energy)
     app.command(needles)
+    app.command(kept_bits)
+    app.command(long_row)
     app.command(plans)
     app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
 
