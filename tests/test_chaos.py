@@ -21,17 +21,18 @@ from dsjax.hosts import EXIT_HOST_LOST
 FEW = {"controls": 2, "kills": 8, "mutants": 1, "corruptions": 24, "meshes": 1, "hosts": 1, "sigterms": 1}
 
 
-# With which gloo, XLA:CPU's own transport, has aborted the process that was left, once, on a loaded machine: before any
-# code of ours could see the loss. Once more is allowed, no more than that.
+# With which gloo, XLA:CPU's own transport, aborts the process that was left, now and then, before any code of ours
+# could see the loss (docs/log.md). Twice more are allowed, no more than that.
 GLOO = "Is there a distributed collective mismatch in your code?"
 
 
 @pytest.mark.parametrize("kind", FEW)
 def test_a_few_faults_do_no_harm_and_would_without_the_defence(kind: str, tmp_path: pathlib.Path) -> None:
     found = list(goals(kind, FEW[kind], tmp_path, 0))
-    if any(GLOO in str(goal.failures) for goal in found):
-        (tmp_path / "again").mkdir()
-        found = list(goals(kind, FEW[kind], tmp_path / "again", 0))
+    for again in ("again", "and again"):
+        if any(GLOO in str(goal.failures) for goal in found):
+            (tmp_path / again).mkdir()
+            found = list(goals(kind, FEW[kind], tmp_path / again, 0))
     for goal in found:
         assert goal.failures == ()
         assert goal.n > 0

@@ -254,7 +254,7 @@ def ragged_traffic(module: Module, instruction: Instruction, program: Program) -
     if not operands:  # which rows are whose: counts only
         return 0, 0
     flat = [shape.dims[0] for shape in (*operands, *instruction.shapes) if len(shape.dims) == 2]
-    rows = max(flat) * program.ragged_share
+    rows = min(max(flat) * program.ragged_share, program.pairs_of_device)  # kernels round few rows up
 
     def moved(shape: Shape) -> float:
         if shape.space != HBM:

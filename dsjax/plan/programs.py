@@ -33,6 +33,7 @@ class Program:
         model_flops: by the config's own arithmetic, for those tokens.
         ragged_share: see :func:`dsjax.plan.flops.count_flops`.
         experts_of_device: experts of one layer that a device holds; 0 without experts.
+        pairs_of_device: pairs (token, expert) that those get at balanced routing, at the most.
     """
 
     traced: Any
@@ -43,6 +44,7 @@ class Program:
     model_flops: float
     ragged_share: float
     experts_of_device: int
+    pairs_of_device: float
 
 
 def make_program(
@@ -82,7 +84,7 @@ def _train(config: Pretrain, devices: Sequence[Any]) -> Program:
         parameter_shapes=[device_shape(leaf) for leaf in jax.tree.leaves(state.params)],
         tokens=tokens,
         model_flops=config.model.flops_per_token(config.data.seq_len) * tokens,
-        **_shares(config.model, mesh, training_rules(config.mesh), training=True),
+        **_shares(config.model, mesh, training_rules(config.mesh), tokens // config.train.accumulate, training=True),
     )
 
 
@@ -106,19 +108,19 @@ def _inference(config: Pretrain, mode: Mode, devices: Sequence[Any]) -> Program:
         parameter_shapes=[device_shape(leaf) for leaf in jax.tree.leaves(shapes)],
         tokens=tokens,
         model_flops=flops,
-        **_shares(model, generator.mesh, generator.rules, training=False),
+        **_shares(model, generator.mesh, generator.rules, tokens, training=False),
     )
 
 
-def _shares(model: DecoderConfig, mesh: Any, rules: Rules, *, training: bool) -> dict[str, Any]:
-    """``ragged_share`` and ``experts_of_device`` of the layers with the most experts.
+def _shares(model: DecoderConfig, mesh: Any, rules: Rules, tokens: int, *, training: bool) -> dict[str, Any]:
+    """``ragged_share``, ``experts_of_device`` and ``pairs_of_device`` of the layers with the most experts.
 
     A device has room for all pairs that the tokens of the expert axes' devices can have with its experts, or that a
     capacity lets through; at balanced routing it gets as many pairs as the tokens of one device have.
     """
     layers = [group.ffn for group in model.groups if isinstance(group.ffn, MoEConfig)]
     if not layers:
-        return {"ragged_share": 1.0, "experts_of_device": 0}
+        return {"ragged_share": 1.0, "experts_of_device": 0, "pairs_of_device": 0}
     moe = max(layers, key=lambda moe: moe.num_experts)
     devices = math.prod(mesh.shape[axis] for axis in rules.expert)
     own = moe.num_experts // devices
@@ -126,7 +128,8 @@ def _shares(model: DecoderConfig, mesh: Any, rules: Rules, *, training: bool) ->
     if training and (factor := moe.training_factor()) is not None:
         parts = math.prod(mesh.shape[axis] for axis in (*rules.batch, *rules.length))
         share = max(share, min(1.0, devices / (factor * parts)))
-    return {"ragged_share": share, "experts_of_device": own}
+    sharers = math.prod(mesh.shape[axis] for axis in {*rules.batch, *rules.length, *rules.expert})
+    return {"ragged_share": share, "experts_of_device": own, "pairs_of_device": tokens * moe.top_k / sharers}
 
 
 def decode_flops(model: DecoderConfig, length: int) -> float:
