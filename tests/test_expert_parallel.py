@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from dsjax.config import apply_overrides
-from dsjax.nn.exchange import bring_back, make_hop, send
+from dsjax.nn import expert_parallel
+from dsjax.nn.exchange import Hop, bring_back, make_hop, send
 from dsjax.nn.expert_parallel import apply_experts
+from dsjax.nn.moe import MoE, MoEConfig
 from dsjax.nn.placement import Placement, place_experts
+from dsjax.nn.router import router_metrics
 from dsjax.sharding import INFERENCE, MeshConfig, Rules, make_mesh, map_shards, use_mesh
 from pallas_kernels.expert_dispatch import top_k_route
 
@@ -265,3 +269,59 @@ def test_the_padded_exchange_is_the_ragged_one(case: str) -> None:
         experts = range(n * sizes_Ne.shape[1], (n + 1) * sizes_Ne.shape[1])
         parts = [rows_NRD[s, begin_NE[s, e] : begin_NE[s, e] + counts_NE[s, e]] for e in experts for s in range(N)]
         np.testing.assert_array_equal(there[n, :arrived], np.concatenate(parts))
+
+
+# ---------------------------------------------------------------- what is lost on the way is counted
+
+
+def unaccounted(mesh: str, rules: Rules = Rules()) -> float:
+    """Of a layer of experts that may not drop any pair."""
+    moe, a = MoE(MoEConfig(num_experts=E, top_k=X, d_ff=F), D, rngs=nnx.Rngs(0)), arguments()
+    placed = make_mesh(apply_overrides(MeshConfig(data=1), mesh.split(",")))
+
+    @jax.jit
+    def run(moe: MoE, x_BTD: jax.Array, counted_BT: jax.Array) -> Any:
+        with use_mesh(placed, rules):
+            return moe(x_BTD, counted_BT)[1].sums
+
+    sums = run(moe, a["x_BTD"], a["counted_BT"].astype(np.float32))
+    assert int(sums.pairs) == a["counted_BT"].sum() * X == sums.load_E.sum()
+    return float(router_metrics(jax.tree.map(lambda x: x[None], sums))["unaccounted"])
+
+
+def hop_with(**changes: Any) -> Any:
+    """An exchange that is set up wrong."""
+
+    def make(counts_E: Any, axis: str, **sizes: Any) -> Hop:
+        counts_E = changes.get("counts", lambda counts_E: counts_E)(counts_E)
+        return make_hop(counts_E, axis, **{name: changes.get(name, lambda n: n)(n) for name, n in sizes.items()})
+
+    return make
+
+
+LOSSES = {
+    "nothing": {},
+    "the last row of each segment": {"counts": lambda counts_E: jnp.maximum(counts_E - 1, 0)},
+    "what one expert is sent": {"counts": lambda counts_E: counts_E.at[0].set(0)},
+    "what finds no room in the slots for a device": {"num_slots": lambda n: n // 4},
+    "what finds no room where it arrives": {"num_received": lambda n: n // 4},
+}
+
+
+@pytest.mark.parametrize(("mesh", "rules"), [("fsdp=2,expert=4", Rules()), ("data=2,expert=4", ACROSS)])
+@pytest.mark.parametrize("what", LOSSES)
+def test_pairs_that_the_exchange_loses_are_unaccounted_for(
+    what: str, mesh: str, rules: Rules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_parallel, "make_hop", hop_with(**LOSSES[what]))
+    assert (unaccounted(mesh, rules) > 0) == (what != "nothing")
+
+
+def test_rows_that_never_reach_the_products_are_unaccounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all devices have the same rows, and nothing is exchanged."""
+    rules = dataclasses.replace(INFERENCE, batch=("data",))
+    assert unaccounted("data=2,expert=4", rules) == 0
+    plan_dispatch = expert_parallel.plan_dispatch
+    one_less = lambda experts_TX, num, **o: plan_dispatch(experts_TX, num, **o | {"limit_E": o["counts_E"] - 1})  # noqa: E731
+    monkeypatch.setattr(expert_parallel, "plan_dispatch", one_less)
+    assert unaccounted("data=2,expert=4", rules) > 0

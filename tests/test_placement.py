@@ -6,13 +6,22 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.config import UserError
-from dsjax.nn.placement import Placement, device_loads, place_experts
+from dsjax.nn.placement import (
+    MEMORY,
+    Placement,
+    device_loads,
+    moved_mean,
+    place_experts,
+    place_replicas,
+    slots_at_home,
+)
 from pallas_kernels.expert_dispatch import top_k_route
 from pallas_kernels.expert_dispatch.plan import positions
 
@@ -122,6 +131,28 @@ def test_an_experts_pairs_take_turns_at_its_slots(seed: int, sizes: tuple[int, i
     # The same pairs go nowhere.
     kept = slots.position_TX[counted] < limit_P[slots.experts_TX[counted]]
     np.testing.assert_array_equal(kept, choice.position_TX[counted] < limit_E[choice.experts_TX[counted]])
+
+
+def test_replicas_of_a_stack_are_those_of_each_layer() -> None:
+    load_LE = np.random.default_rng(0).lognormal(0, 1, (3, 8))
+    found = place_replicas(load_LE, 4, 8)
+    for load_E, replicas_R in zip(load_LE, found, strict=True):
+        whole = place_experts(load_E, 4, 4, home=True).expert_P
+        np.testing.assert_array_equal(slots_at_home(jnp.asarray(replicas_R), 8, 4), whole)
+    with pytest.raises(UserError, match="num_replicas is 6; it must divide over 4 devices"):
+        place_replicas(load_LE, 4, 6)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=30))
+def test_a_running_mean_forgets_and_never_leaves_the_range_of_its_loads(steps: list[tuple[int, int]]) -> None:
+    mean_E = jnp.zeros(2)
+    for load_E in steps:
+        mean_E = moved_mean(mean_E, jnp.array(load_E))
+    weights = (1 - MEMORY) * MEMORY ** np.arange(len(steps))[::-1]
+    # float32, rounded in each of 30 steps
+    np.testing.assert_allclose(mean_E, weights @ np.array(steps), rtol=1e-5)
+    assert (mean_E <= np.max(steps, axis=0)).all()
 
 
 @pytest.mark.parametrize(("devices", "slots"), [(3, 2), (2, 1)])

@@ -42,8 +42,15 @@ class Hop:
 
     @property
     def sizes_e(self) -> Int[Array, " e"]:
-        """Rows of each of this device's experts behind the exchange."""
-        return jnp.sum(self._own(self.counts_NE), axis=0)
+        """Rows of each of this device's experts behind the exchange, those that found no room left out.
+
+        Room is made for the worst case; so if any is left out, there is an error in this library, and whoever counts
+        pairs finds it.
+        """
+        rows_Ne = self._own(self.counts_NE)
+        arrival_Ne = _sums_before(jnp.sum(rows_Ne, axis=0), axis=0) + _sums_before(rows_Ne, axis=0)
+        room_Ne = jnp.minimum(self.num_slots - _sums_before(rows_Ne, axis=1), self.num_received - arrival_Ne)
+        return jnp.sum(jnp.clip(room_Ne, 0, rows_Ne), axis=0)
 
     def segments(self) -> tuple[Segments, Segments]:
         """What this device sends, by expert; what it receives, by device and then by its own expert."""

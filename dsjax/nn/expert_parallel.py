@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import UserError
 from dsjax.nn.exchange import bring_back, make_hop, send
-from dsjax.nn.placement import Placement, Weights
+from dsjax.nn.placement import Placement, Weights, slots_at_home
 from dsjax.sharding import current_mesh
 from pallas_kernels.expert_dispatch import Choice, Plan, combine, dispatch, plan_dispatch
 from pallas_kernels.grouped_matmul import expert_swiglu, grouped_swiglu
@@ -47,11 +47,12 @@ def apply_experts(
             replicas' are fetched from the devices that have them.
 
     Returns:
-        The outputs, and how many pairs each of the E experts took, over all devices.
+        The outputs, and how many pairs each of the E experts really got, over all devices: the rows that its matrix
+        products ran over, where those were. Who compares them with what was chosen checks the exchange, too.
     """
     axes = _axes("expert")
     cut = bool(axes) and set(axes) <= set(_axes("batch"))
-    limit_E, kept_E = _limits(choice, capacity, num_sequences)
+    limit_E = None if capacity is None else _limits(choice, capacity, num_sequences)
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
     if placement is not None:
         weights, layer = placement.weights_of_device(weights, tuple(axes), layer)
@@ -61,14 +62,14 @@ def apply_experts(
     with jax.named_scope("dispatch"):
         plan = _plan(choice, limit_E, {} if cut else axes)
     if cut:
-        y_RD = _elsewhere(x_TD, plan, weights, layer, axes, capacity)
+        y_RD, sizes_e = _elsewhere(x_TD, plan, weights, layer, axes, capacity)
     else:
         with jax.named_scope("experts"):
-            y_RD = expert_swiglu(x_TD, *weights, plan, layer=layer)
+            y_RD, sizes_e = expert_swiglu(x_TD, *weights, plan, layer=layer), plan.sizes_E
     with jax.named_scope("combine"):
         y_TD = combine(y_RD, weights_TX, plan)
         y_TD = jax.lax.psum(y_TD, (*_axes("mlp"), *(() if cut else axes)))
-    return y_TD, kept_E
+    return y_TD, _over_devices(sizes_e, axes, placement)
 
 
 def at_home(replicas_R: Int[Array, " R"], num_experts: int) -> Placement:
@@ -82,15 +83,16 @@ def at_home(replicas_R: Int[Array, " R"], num_experts: int) -> Placement:
     if R % N:
         over = "*".join(f"{axis}={size}" for axis, size in axes.items())
         raise UserError(f"num_replicas is {R}; it must divide over the {N} devices of mesh {over}")
-    own_Ne = jnp.arange(num_experts, dtype=jnp.int32).reshape(N, -1)
-    slots_Np = jnp.concatenate([own_Ne, replicas_R.reshape(N, -1)], axis=1)
-    return Placement(slots_Np.reshape(-1), num_experts, home=True)
+    return Placement(slots_at_home(replicas_R, num_experts, N), num_experts, home=True)
 
 
 def _elsewhere(
     x_TD: Any, plan: Plan, weights: Weights, layer: Any, axes: dict[str, int], capacity: int | None
-) -> jax.Array:
-    """What the experts make of this device's rows: there, over one axis after the other, and back."""
+) -> tuple[jax.Array, jax.Array]:
+    """What the experts make of this device's rows: there, over one axis after the other, and back.
+
+    And the rows that came to each of this device's experts.
+    """
     (T, X), M, hops = plan.row_TX.shape, len(plan.sizes_E), []
 
     def most(tokens: int) -> int:
@@ -110,7 +112,18 @@ def _elsewhere(
     with jax.named_scope("combine"):
         for hop in reversed(hops):
             y_RD = bring_back(y_RD, hop)
-    return y_RD
+    return y_RD, counts_M
+
+
+def _over_devices(sizes_e: jax.Array, axes: dict[str, int], placement: Placement | None) -> Int[Array, " E"]:
+    """Rows of each expert on all devices, from those of this device's experts or slots."""
+    own, sizes_E = len(sizes_e), sizes_e
+    if axes:
+        sizes_E = jnp.zeros(own * math.prod(axes.values()), sizes_e.dtype)
+        sizes_E = jax.lax.dynamic_update_slice_in_dim(sizes_E, sizes_e, jax.lax.axis_index(tuple(axes)) * own, axis=0)
+    if placement is not None:
+        sizes_E = jnp.zeros(placement.num_experts, sizes_e.dtype).at[placement.expert_P].add(sizes_E)
+    return jax.lax.psum(sizes_E, tuple(dict.fromkeys((*_axes("batch"), *_axes("length"), *axes))))
 
 
 def _plan(choice: Choice, limit_E: jax.Array | None, axes: dict[str, int]) -> Plan:
@@ -133,12 +146,9 @@ def _axes(rule: str) -> dict[str, int]:
     return {axis: mesh.shape[axis] for axis in getattr(rules, rule) if mesh.shape[axis] > 1}
 
 
-def _limits(choice: Choice, capacity: int | None, num_sequences: int) -> tuple[jax.Array | None, jax.Array]:
-    """How many of this device's pairs each expert takes (None: all), and how many it takes over all devices."""
+def _limits(choice: Choice, capacity: int, num_sequences: int) -> Int[Array, " E"]:
+    """How many of this device's pairs each expert takes."""
     batch, length, counts_E = tuple(_axes("batch")), tuple(_axes("length")), choice.counts_E
-    total_E = jax.lax.psum(counts_E, (*batch, *length))
-    if capacity is None:
-        return None, total_E
     # A batch counts sequence by sequence. Devices hold sequences in the order of the axes that cut the batch, and parts
     # of each in the order of those that cut its length.
     counts_CBE = counts_E[None, None]
@@ -152,5 +162,4 @@ def _limits(choice: Choice, capacity: int | None, num_sequences: int) -> tuple[j
     if batch:
         counts_NE = jax.lax.all_gather(jnp.sum(whole_BE, axis=0), batch)
         before_BE += (jnp.cumsum(counts_NE, axis=0) - counts_NE)[jax.lax.axis_index(batch)]
-    limit_E = jnp.sum(jnp.clip(capacity - before_BE, 0, counts_CBE[part]), axis=0)
-    return limit_E, jnp.minimum(total_E, capacity)
+    return jnp.sum(jnp.clip(capacity - before_BE, 0, counts_CBE[part]), axis=0)

@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, Share, UserError
-from dsjax.nn.expert_parallel import apply_experts
+from dsjax.nn.expert_parallel import apply_experts, at_home
 from dsjax.nn.mlp import MLP
+from dsjax.nn.placement import moved_mean
 from dsjax.nn.router import (
     RouterStats,
     RouterSums,
@@ -79,9 +80,13 @@ class MoEConfig:
         sequence_coef: weight of the balance loss within each sequence.
         z_coef: weight of the router z-loss.
         entropy: bounds on the routing entropies, held by multipliers, or none.
-        bias_update_rate: how far each step moves an expert's selection bias towards balance; 0: there is no bias.
+        bias_update_rate: how far each step moves an expert's selection bias towards balance; 0: not at all, and there
+            is no bias unless ``selection_bias`` says so.
+        selection_bias: there is a bias even if it does not move: that of a checkpoint.
         capacity: pairs that an expert takes of a training batch, as a multiple of its even share; those behind it, in
             the order of the batch, are dropped. None: no expert drops any, as everywhere outside of training.
+        num_replicas: further places for the busiest experts, as many on each device of the expert axes; 0: each expert
+            has one place (docs/experts.md).
     """
 
     num_experts: PositiveInt = 8
@@ -99,7 +104,9 @@ class MoEConfig:
     z_coef: NonNegativeFloat = 0.0
     entropy: EntropyConstraint | None = None
     bias_update_rate: NonNegativeFloat = 0.0
+    selection_bias: bool = False
     capacity: PositiveFloat | DynamicCapacity | None = None
+    num_replicas: NonNegativeInt = 0
 
     def validate(self) -> None:
         E, G, kept = self.num_experts, self.num_groups, self.top_groups
@@ -115,6 +122,10 @@ class MoEConfig:
             )
         if self.entropy is not None and E == 1:
             raise UserError("entropy is set, but num_experts is 1: there is nothing to choose")
+
+    @property
+    def has_bias(self) -> bool:
+        return self.selection_bias or self.bias_update_rate > 0
 
     def num_params(self, d_model: int) -> int:
         return d_model * self.num_experts + 3 * d_model * self.d_ff * (self.num_experts + self.num_shared_experts)
@@ -158,10 +169,13 @@ class MoE(nnx.Module):
         self.w_gate = param(rngs, (E, D, F), ("expert", "embed", "mlp"), fan_in=D)
         self.w_up = param(rngs, (E, D, F), ("expert", "embed", "mlp"), fan_in=D)
         self.w_down = param(rngs, (E, F, D), ("expert", "mlp", "embed"), fan_in=F, scale=out_scale)
-        if cfg.bias_update_rate:
+        if cfg.has_bias:
             self.selection_bias = buffer((E,), ("router",))
         if cfg.entropy is not None:
             self.entropy_multipliers = buffer((3,), ("router",))
+        if cfg.num_replicas:
+            self.replicas = buffer((cfg.num_replicas,), ("router",))  # the experts that they are of
+            self.mean_load = buffer((E,), ("router",))
         if cfg.num_shared_experts:
             self.shared = MLP(D, cfg.num_shared_experts * F, out_scale=out_scale, rngs=rngs)
 
@@ -215,7 +229,7 @@ class MoE(nnx.Module):
         cfg, factor = self.cfg, self.capacity_factor
         capacity = None if factor is None else self._capacity(factor, counted_BT.size)
 
-        def own(x_BTD, scores_BTE, counted_BT, bias_E, w_gate_eDF, w_up_eDF, w_down_eFD, layer):
+        def own(x_BTD, scores_BTE, counted_BT, bias_E, replicas_R, w_gate_eDF, w_up_eDF, w_down_eFD, layer):
             choice = top_k_route(
                 scores_BTE.reshape(-1, cfg.num_experts),
                 cfg.top_k,
@@ -228,6 +242,7 @@ class MoE(nnx.Module):
             weights_TX = chosen_weights(choice.scores_TX, normalize=cfg.normalize_weights, scale=cfg.routed_scale)
             x_TD, experts = x_BTD.reshape(-1, x_BTD.shape[-1]), (w_gate_eDF, w_up_eDF, w_down_eFD)
             options: dict[str, Any] = {"layer": layer, "capacity": capacity, "num_sequences": len(x_BTD)}
+            options["placement"] = None if replicas_R is None else at_home(replicas_R, cfg.num_experts)
             y_TD, kept_E = apply_experts(x_TD, choice, weights_TX.astype(x_TD.dtype), *experts, **options)
             load_E = choice.counts_E
             if (current := current_mesh()) is not None:
@@ -236,10 +251,11 @@ class MoE(nnx.Module):
 
         tokens, stack = ("batch", "length", None), () if layer is None else ("layers",)
         up, down = (*stack, "expert", None, "mlp"), (*stack, "expert", "mlp", None)
-        bias_E = self.selection_bias[...] if cfg.bias_update_rate else None
+        bias_E = self.selection_bias[...] if cfg.has_bias else None
+        replicas_R = self.replicas[...].astype(jnp.int32) if cfg.num_replicas else None
         weights = (getattr(self, name)[...].astype(x_BTD.dtype) for name in self.EXPERTS)
-        run = map_shards(own, (tokens, tokens, tokens[:2], (), up, up, down, ()), (tokens, (), ()))
-        return run(x_BTD, scores_BTE, counted_BT, bias_E, *weights, layer)
+        run = map_shards(own, (tokens, tokens, tokens[:2], (), (), up, up, down, ()), (tokens, (), ()))
+        return run(x_BTD, scores_BTE, counted_BT, bias_E, replicas_R, *weights, layer)
 
     def _losses(
         self, logits_BTE: Any, scores_BTE: Any, probs_BTE: Any, counted_BT: Any, sums: RouterSums
@@ -259,10 +275,13 @@ class MoE(nnx.Module):
     def moved_buffers(self, sums: RouterSums) -> dict[str, Array]:
         """The buffers behind a step whose whole batch has ``sums``, alike for one layer and for a stack."""
         cfg, moved = self.cfg, {}
-        if cfg.bias_update_rate:
+        if cfg.has_bias:
             moved["selection_bias"] = moved_bias(self.selection_bias[...], sums.load_E, cfg.bias_update_rate)
         if cfg.entropy is not None:
             moved["entropy_multipliers"] = moved_multipliers(cfg.entropy, self.entropy_multipliers[...], sums)
+        if cfg.num_replicas:  # they stay where they are: see placed_anew
+            moved["replicas"] = self.replicas[...]
+            moved["mean_load"] = moved_mean(self.mean_load[...], sums.load_E)
         return moved
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from dsjax.config import UserError
 from pallas_kernels.expert_dispatch import Choice
 from pallas_kernels.expert_dispatch.plan import positions
 
+MEMORY = 0.9  # of the running mean of loads
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down: (experts, ., .), or layers of these
 
 
@@ -144,11 +146,48 @@ def place_experts(load_E: np.ndarray, num_devices: int, slots_per_device: int, *
 def place_replicas(load_LE: np.ndarray, num_devices: int, num_replicas: int) -> np.ndarray:
     """The experts of the slots that are added, (layers, num_replicas), for the loads of each layer of a stack.
 
-    The values of the buffer that ``MoEConfig.num_replicas`` makes; see :func:`place_experts`, with ``home``.
+    See :func:`place_experts`, with ``home``.
+
+    Raises:
+        UserError: experts or replicas do not divide over the devices.
     """
     E, N = load_LE.shape[1], num_devices
+    if num_replicas % N:
+        raise UserError(f"num_replicas is {num_replicas}; it must divide over {N} devices")
     placed = [place_experts(load_E, N, (E + num_replicas) // N, home=True) for load_E in load_LE]
     return np.stack([found.expert_P.reshape(N, -1)[:, E // N :].reshape(-1) for found in placed])
+
+
+def slots_at_home(replicas_R: jax.Array, num_experts: int, num_devices: int) -> Int[Array, " P"]:
+    """The expert of each slot: on each device its own experts, and behind them its part of ``replicas_R``."""
+    own_Ne = jnp.arange(num_experts, dtype=jnp.int32).reshape(num_devices, -1)
+    return jnp.concatenate([own_Ne, replicas_R.reshape(num_devices, -1)], axis=1).reshape(-1)
+
+
+# ---------------------------------------------------------------- from measured loads
+
+
+def moved_mean(mean_E: Float[Array, "*layers E"], load_E: Int[Array, "*layers E"]) -> Float[Array, "*layers E"]:
+    """A running mean of loads behind one more step; the last 1 / (1 - MEMORY) steps count most."""
+    return MEMORY * mean_E + (1 - MEMORY) * load_E
+
+
+def placed_anew(buffers: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
+    """A model's buffers with the replicas of each group of experts placed for the loads that training measured.
+
+    It is done on the host, between two steps; who stands where is data, and no step is compiled anew for it.
+
+    Args:
+        buffers: nested, as in :class:`dsjax.train.step.TrainState`. Groups without replicas stay as they are.
+        num_devices: of the expert axes.
+    """
+    placed = {name: dict(group) for name, group in buffers.items()}
+    for group in placed.values():
+        if "replicas" in group.get("ffn", {}):
+            old = group["ffn"]["replicas"]
+            new_LR = place_replicas(np.asarray(group["ffn"]["mean_load"]), num_devices, old.shape[1])
+            group["ffn"] = group["ffn"] | {"replicas": jax.device_put(new_LR.astype(old.dtype), old.sharding)}
+    return placed
 
 
 def _packed(

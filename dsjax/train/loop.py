@@ -76,6 +76,8 @@ class Job:
         begin: ``time.perf_counter()`` when the command began.
         data_changes: which files of the data are others than before, should they be asked for.
         capacity: what chooses the capacity factor; none: it is fixed.
+        place_experts: gives the busiest experts their further places, for the loads that the state holds; none: there
+            are no such places.
         experts: (number of experts, experts of a token) of each layer group that has some.
     """
 
@@ -89,6 +91,7 @@ class Job:
     begin: float
     data_changes: Callable[[], str] = lambda: ""
     capacity: DynamicCapacity | None = None
+    place_experts: Callable[[TrainState], TrainState] | None = None
     experts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
@@ -154,6 +157,8 @@ def train(config: Any, run: RunFolder, job: Job, state: TrainState, counters: Co
                 batch = job.place(next(job.batches))
                 hosts.beat(counters.iteration)
                 state, metrics = guard.step(state, counters, batch)
+                if job.place_experts is not None and counters.iteration % every.place_every == 0:
+                    state = job.place_experts(state)
                 stop.ask()
                 last = counters.iteration == counters.total_steps
                 if not clock.running or last or counters.iteration % every.log_every == 0:

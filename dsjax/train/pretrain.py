@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 import sys
 import time
@@ -29,13 +30,14 @@ from dsjax.data.prepare import Corpus, DataConfig, prepare
 from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from dsjax.nn.masks import Documents
+from dsjax.nn.placement import placed_anew
 from dsjax.runs import RunFolder, cache_dir
 from dsjax.runtime import memory_bytes
 from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh, rows_of_process, training_rules
 from dsjax.train.capacity import CompiledSteps
 from dsjax.train.loop import Job, restore_or_init, train
 from dsjax.train.optimizer import OptimConfig
-from dsjax.train.step import Trainer, make_trainer
+from dsjax.train.step import Trainer, TrainState, make_trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class TrainConfig:
         log_every: steps between lines of ``metrics.jsonl``.
         eval_every: steps between held-out evaluations; 0: none.
         eval_documents: held-out documents that those look at.
+        place_every: steps between placements of the busiest experts' replicas, where ``num_replicas`` gives them some.
         seed: of the initial weights and of everything random in a step.
     """
 
@@ -59,6 +62,7 @@ class TrainConfig:
     log_every: PositiveInt = 10
     eval_every: NonNegativeInt = 0
     eval_documents: PositiveInt = 8
+    place_every: PositiveInt = 50
     seed: Seed = 0
 
 
@@ -225,6 +229,7 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
             begin=begin,
             data_changes=lambda: run_folder.changed_data(corpus),
             capacity=capacity,
+            place_experts=expert_placement(config, mesh),
             experts={name: (moe.num_experts, moe.top_k) for name, moe in model.experts().items()},
         )
         state, counters = restore_or_init(config, job)
@@ -286,6 +291,14 @@ def compile_step(trainer: Trainer, batch: Batch, factor: float | None = None) ->
     """The step as an executable; ``factor`` is that of a dynamic capacity, None: the largest."""
     total, step = jax.ShapeDtypeStruct((), jnp.int32), cast(Any, trainer.step)
     return step.lower(trainer.shapes, batch, total, factor).compile()
+
+
+def expert_placement(config: Pretrain, mesh: Any) -> Callable[[TrainState], TrainState] | None:
+    """What places replicas of experts between two steps; None: no layer has any."""
+    if not any(moe.num_replicas for moe in config.model.experts().values()):
+        return None
+    over = math.prod(mesh.shape[axis] for axis in training_rules(config.mesh).expert)
+    return lambda state: dataclasses.replace(state, buffers=placed_anew(state.buffers, over))
 
 
 def place_batch(batch: Batch, mesh: Any, part: int = 0, parts: int = 1) -> Batch:
