@@ -1,19 +1,20 @@
-"""DeepSeek-V3's shape and routing (arXiv 2412.19437) with grouped-query attention, and without multi-token prediction.
+"""DeepSeek-V3's shape and routing (arXiv 2412.19437), without multi-token prediction.
 
     dsjax plan configs/deepseek_v3.py --topology v5p:8x8x8
     dsjax train configs/deepseek_v3.py --run runs/deepseek_v3
 
-671B parameters in all, 38B active. Three dense layers, then 58 of 256 experts in 8 groups: sigmoid scores, the 8 best
+671B parameters in all, 38B active, embeddings included. Latent attention of 128 heads; a position's cache is 576
+numbers
+a layer. Three dense layers, then 58 of 256 experts in 8 groups: sigmoid scores, the 8 best
 of the 4 groups whose two best add up to most, normalised and times 2.5, and a shared one; balanced by a bias, and a
-little within each sequence. Latent attention is not here yet: a layer's 96 query and 8 key/value heads have 191M
-parameters, where the original's have 187M.
+little within each sequence.
 
 Result: not yet run; planned in docs/plan.md.
 """
 
 from dsjax.data.prepare import DataConfig
 from dsjax.models.decoder import ComputeConfig, DecoderConfig, LayerGroup
-from dsjax.nn.attention import AttentionConfig
+from dsjax.nn.latent_attention import LatentAttentionConfig
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.sharding import MeshConfig
@@ -22,7 +23,7 @@ from dsjax.train.pretrain import CheckpointConfig, Pretrain, TrainConfig
 
 
 def get_config() -> Pretrain:
-    attention = AttentionConfig(num_heads=96, num_kv_heads=8, head_dim=128)
+    attention = LatentAttentionConfig(num_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128)
     experts = MoEConfig(
         num_experts=256,
         top_k=8,

@@ -92,6 +92,9 @@ class Rules:
     embed: tuple[str, ...] = ("fsdp",)
     kv_heads: tuple[str, ...] = ("tensor",)
     heads_per_kv: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("tensor",)
+    latent: tuple[str, ...] = ("fsdp",)
+    rank: tuple[str, ...] = ()
     head_dim: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
     expert: tuple[str, ...] = ("expert",)
@@ -100,6 +103,7 @@ class Rules:
     lengths: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
     orders: tuple[str, ...] = ()
+    halves: tuple[str, ...] = ()
     table: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
     # activations
@@ -124,11 +128,13 @@ def training_rules(cfg: MeshConfig) -> Rules:
 
 # Where prefill and decode place things: tokens move, weights stay. No weight is cut over an axis that rows are cut
 # over, but the experts, and to those the tokens go. `fsdp` cuts what `tensor` cuts, further: `tensor` key/value heads,
-# `fsdp` the query heads that share one, both together `mlp` and `vocab`.
+# `fsdp` the query heads that share one, both together `mlp`, `vocab` and the heads of latent attention.
 INFERENCE = Rules(
     vocab=("fsdp", "tensor"),
     embed=(),
     heads_per_kv=("fsdp",),
+    heads=("fsdp", "tensor"),
+    latent=(),
     mlp=("fsdp", "tensor"),
     batch=("data", "expert"),
     slots=("context", "fsdp"),

@@ -17,7 +17,7 @@ from models import V, graph, logits, random_tokens, weights
 
 from dsjax.config import UserError, apply_overrides, validate
 from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
-from dsjax.nn.attention import Attention, AttentionConfig, whole_segments
+from dsjax.nn.attention import Attention, AttentionConfig
 from dsjax.nn.cache import (
     GroupCache,
     LayerCache,
@@ -33,6 +33,7 @@ from dsjax.nn.masks import Documents, Segmented, sees
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.nn.rope import rope_angles
+from dsjax.nn.row_attention import whole_segments
 from dsjax.sharding import MeshConfig, make_mesh, use_mesh
 from pallas_kernels.segmented_attention import Segments, segmented_attention_reference
 
@@ -109,7 +110,7 @@ def layer(name: str, dtype: str = "float32") -> Any:
     module = Attention(cfg, 8, rngs=nnx.Rngs(0))
     x_BTD = 2 * jax.random.normal(jax.random.key(1), (3, T, 8))
     slots, sums = cfg.cache_size(T)
-    pages = empty_pages(1, 3, slots, (2, 4), dtype, page_size=PAGE)
+    pages = empty_pages(1, 3, slots, (2, 4, 4), dtype, page_size=PAGE)
     empty = GroupCache(pages, RowState(jnp.zeros((1, 3, 0, 8)), jnp.zeros((1, 3, sums, 2, 4))))
 
     def call(module, x_BTD, cache, lengths_B, real_B):
@@ -208,12 +209,13 @@ def test_odd_layers_are_shifted_by_the_window_and_even_ones_are_not(monkeypatch:
     got = logits(cfg, params | {"group_0": stacked}, tokens)
     np.testing.assert_allclose(logits(dataclasses.replace(cfg, groups=one), two, tokens), got, **CLOSE)
 
-    def reference(q, k, v, *, segment_size, window, shift, top_segments, documents):
+    def reference(q, k, v, *, segment_size, window, shift, top_segments, documents, scale):
+        assert scale is None
         return segmented_attention_reference(
             q, k, v, documents, Segments(segment_size, window, shift, top_segments), q.shape[-1] ** -0.5
         )
 
-    monkeypatch.setattr("dsjax.nn.attention.segmented_attention", reference)
+    monkeypatch.setattr("dsjax.nn.row_attention.segmented_attention", reference)
     want = logits(
         dataclasses.replace(cfg, groups=apart), three, tokens, Documents(ids, jnp.tile(jnp.arange(20), (2, 1)))
     )

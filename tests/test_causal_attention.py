@@ -10,26 +10,33 @@ import pytest
 from pallas_kernels.causal_attention import Tiles, causal_attention_reference, causal_attention_xla
 
 
-def inputs(B: int, T: int, N: int, K: int, H: int, seed: int = 0):
+def inputs(B: int, T: int, N: int, K: int, H: int, U: int = 0, seed: int = 0):
     rng = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (N, K, K))
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, *nh)), jnp.float32) for nh in ((N, H), (K, H), (K, U or H)))
     ids = np.cumsum(rng.random((B, T)) < 0.15, axis=1) + 1
     ids[0, T - T // 4 :] = 0  # padding at the end of a row
-    return q, k, v, jnp.asarray(ids, jnp.int32), jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)
+    return q, k, v, jnp.asarray(ids, jnp.int32), jnp.asarray(rng.normal(size=(B, T, N, U or H)), jnp.float32)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize(
-    ("T", "tiles"),
-    [(1, Tiles()), (7, Tiles(4, 8)), (16, Tiles(4, 2)), (33, Tiles(8, 3)), (33, Tiles(64, 8)), (40, Tiles(8, 1))],
+    ("T", "tiles", "U", "scale"),
+    [
+        (1, Tiles(), 8, None),
+        (7, Tiles(4, 8), 8, None),
+        (16, Tiles(4, 2), 5, 0.6),
+        (33, Tiles(8, 3), 8, None),
+        (33, Tiles(64, 8), 12, 0.1),
+        (40, Tiles(8, 1), 8, None),
+    ],
 )
-def test_blocked_equals_reference(T: int, tiles: Tiles, window: int | None) -> None:
-    q, k, v, ids, dout = inputs(2, T, 4, 2, 8)
+def test_blocked_equals_reference(T: int, tiles: Tiles, window: int | None, U: int, scale: float | None) -> None:
+    q, k, v, ids, dout = inputs(2, T, 4, 2, 8, U)
 
     @jax.jit
     def both(q, k, v, dout):
-        want, want_vjp = jax.vjp(lambda *x: causal_attention_reference(*x, ids, window), q, k, v)
-        got, got_vjp = jax.vjp(lambda *x: causal_attention_xla(*x, ids, window, tiles), q, k, v)
+        want, want_vjp = jax.vjp(lambda *x: causal_attention_reference(*x, ids, window, scale), q, k, v)
+        got, got_vjp = jax.vjp(lambda *x: causal_attention_xla(*x, ids, window, scale, tiles), q, k, v)
         return got, want, got_vjp(dout), want_vjp(dout)
 
     got, want, grads, want_grads = both(q, k, v, dout)
@@ -42,7 +49,7 @@ def test_blocked_equals_reference(T: int, tiles: Tiles, window: int | None) -> N
 def test_bfloat16_inputs_give_bfloat16_close_to_float32() -> None:
     q, k, v, ids, dout = inputs(2, 24, 4, 1, 8)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    got, vjp = jax.vjp(lambda *x: causal_attention_xla(*x, ids, None, Tiles(8, 2)), *half)
+    got, vjp = jax.vjp(lambda *x: causal_attention_xla(*x, ids, None, None, Tiles(8, 2)), *half)
     want = causal_attention_reference(*(x.astype(jnp.float32) for x in half), ids)
     assert got.dtype == jnp.bfloat16
     assert {g.dtype for g in vjp(dout.astype(jnp.bfloat16))} == {jnp.dtype(jnp.bfloat16)}

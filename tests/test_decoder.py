@@ -222,10 +222,6 @@ def test_visible_positions_by_hand() -> None:
         ({"num_layers": 1, "groups": (LayerGroup(num_layers=1), LayerGroup())}, "num_layers is 1; it must exceed"),
         ({"groups": (LayerGroup(), LayerGroup())}, "only one group can leave num_layers open"),
         ({"num_layers": 4, "groups": (LayerGroup(num_layers=3),)}, "num_layers is 4; its groups have 3"),
-        (
-            {"num_layers": 2, "groups": (LayerGroup(num_layers=1), LayerGroup(attention=AttentionConfig(head_dim=32)))},
-            "all layers share one rotary table",
-        ),
     ],
 )
 def test_groups_that_do_not_add_up_are_refused(change: dict, sentence: str) -> None:

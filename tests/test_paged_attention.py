@@ -22,12 +22,14 @@ from pallas_kernels.paged_attention import paged_attention, tpu
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_is_as_defined(name: str, implementation: str) -> None:
     case = CASES[name]
-    run = functools.partial(paged_attention, implementation=implementation)
+    run = functools.partial(paged_attention, implementation=implementation, **case.options)
     assert_close(case, jax.jit(run)(*case.inputs()))
 
 
 @pytest.mark.parametrize("variant", ["xla, small", "tpu, small", "tpu, simulated"])
-@pytest.mark.parametrize("name", ["rows of several lengths", "holes", "many queries", "bfloat16, holes"])
+@pytest.mark.parametrize(
+    "name", ["rows of several lengths", "holes", "many queries", "bfloat16, holes", "keys that begin with values"]
+)
 def test_small_pieces_and_a_simulated_chip_give_the_same(name: str, variant: str, tmp_path: pathlib.Path) -> None:
     check(CASES[name], variant, tmp_path)
 
@@ -41,6 +43,21 @@ def test_any_call_is_as_defined(case: Case) -> None:
 
 
 FAULTS = (
+    Fault(
+        "values are the end of the key",
+        "xla.py",
+        "kv[-1][..., :U]",
+        "kv[-1][..., -U:]",
+        "keys that begin with values",
+    ),
+    Fault(
+        "values that keys begin with are not cleared where there is no page",
+        "tpu.py",
+        "jnp.zeros_like(v_ref[half, :, slots])",
+        "v_ref[half, :, slots]",
+        "keys that begin with values",
+        "tpu, simulated",
+    ),
     Fault("keys are scaled by 1 / H", "attend.py", "H**-0.5 if scale", "H**-1.0 if scale", "all seen"),
     Fault(
         "a missing page counts as page 0",
@@ -171,8 +188,12 @@ def test_odd_calls_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="implementation 'tpu': pages have 12 slots; the kernel takes multiples of 8"):
         paged_attention(*Case(P=12).inputs(), implementation="tpu")
     halves = [x.astype(jnp.bfloat16) for x in (k, v)]
-    assert "all bfloat16 or all float32" in str(tpu.why_not(q, *halves, pages, positions, first))
-    assert "up to 256" in str(tpu.why_not(*Case(H=300).inputs()))
+    assert "all bfloat16 or all float32" in str(tpu.why_not(q, *halves, pages, positions, first, value_width=8))
+    assert "up to 256" in str(tpu.why_not(*Case(H=300).inputs(), value_width=8))
+    assert "up to 640" in str(tpu.why_not(*Case(H=700, shared=True).inputs(), value_width=8))
+    for options in ({}, {"value_width": 9}, {"value_width": -1}):
+        with pytest.raises(ValueError, match="value_width"):
+            paged_attention(q, k, None, pages, positions, first, **options)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])

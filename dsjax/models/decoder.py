@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,9 +18,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
-from dsjax.nn.attention import Attention, AttentionConfig
+from dsjax.models.multi_token import MULTI_TOKEN, MultiTokenConfig, MultiTokenModule, shifted
+from dsjax.models.stack import REMAT, Block, scanned, unrolled
+from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, append, empty_group, slots_by_head, written
 from dsjax.nn.history import Copy, CopyConfig, CopyHead, History, NgramConfig, NgramEmbedding, longest_match
+from dsjax.nn.latent_attention import LatentAttentionConfig
 from dsjax.nn.masks import Documents, Leaf
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import DynamicCapacity, MoE, MoEConfig
@@ -35,7 +38,7 @@ class LayerGroup:
     """``num_layers`` equal layers; none: as many as are left of the model's ``num_layers``."""
 
     ffn: MLPConfig | MoEConfig = MLPConfig()
-    attention: AttentionConfig = AttentionConfig()
+    attention: AttentionConfig | LatentAttentionConfig = AttentionConfig()
     num_layers: PositiveInt | None = None
 
 
@@ -52,6 +55,7 @@ class DecoderConfig:
         norm_eps: added to the mean square in every RMSNorm.
         ngram: hashed n-gram embeddings at the input, or none.
         copy: the continuation of the longest match, at input and output, or none.
+        multi_token: modules that predict further tokens, or none.
     """
 
     vocab_size: PositiveInt = 4096
@@ -62,6 +66,7 @@ class DecoderConfig:
     norm_eps: PositiveFloat = 1e-6
     ngram: NgramConfig | None = None
     copy: CopyConfig | None = None
+    multi_token: MultiTokenConfig | None = None
 
     def validate(self) -> None:
         if not self.groups:
@@ -74,11 +79,6 @@ class DecoderConfig:
             raise UserError(f"num_layers is {self.num_layers}; it must exceed the {fixed} that its groups give")
         if not open_groups and fixed != self.num_layers:
             raise UserError(f"num_layers is {self.num_layers}; its groups have {fixed}")
-        thetas = {(g.attention.rope_theta, g.attention.head_dim) for g in self.groups}
-        if len(thetas) > 1:
-            raise UserError(
-                f"groups differ in (rope_theta, head_dim), {sorted(thetas)}; all layers share one rotary table"
-            )
         if len(self._dynamic_capacities()) > 1:
             raise UserError("groups differ in their dynamic ffn.capacity; one controller chooses for all layers")
 
@@ -108,6 +108,10 @@ class DecoderConfig:
             total += self.ngram.num_params(D)
         if self.copy is not None:
             total += self.copy.num_params(V, D)
+        if self.multi_token is not None and not active:
+            last = self.groups[-1]
+            block = last.attention.num_params(D) + last.ffn.num_params(D) + 2 * D
+            total += self.multi_token.num_modules * (block + 2 * D * D + 3 * D)
         return total
 
     def num_params(self) -> int:
@@ -115,27 +119,42 @@ class DecoderConfig:
         return self._num_params(active=False)
 
     def num_active_params(self) -> int:
-        """Parameters that one token can use: all but the experts that it does not visit. Tables count whole."""
+        """Parameters that one token can use: all but the experts that it does not visit. Tables count whole.
+
+        Modules that predict further tokens are not counted.
+        """
         return self._num_params(active=True)
 
     def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
         """FLOPs of one token's matmuls, at full documents of ``seq_len``.
 
-        Two for each weight of a matmul (an embedding look-up is none), and four for each channel of each
-        (query, visible key) pair: QK and PV; a training step does three times the forward work (no remat counted).
+        Two for each weight of a matmul (an embedding look-up is none), and two for each channel of the products with
+        the key and with the value of each (query, visible key) pair; a training step does three times the forward
+        work (no remat counted).
         """
-        D, pairs = self.d_model, 0.0
+        pairs = 0.0
+        for attention, layer, num_layers in self.attentions():
+            pairs += num_layers * attention.pair_channels * attention.visible_positions(seq_len, layer)
+        if not training:
+            return 2 * (self.num_matmul_params() + pairs)
+        further = 0.0
+        if self.multi_token is not None:
+            D, a, ffn = self.d_model, self.groups[-1].attention, self.groups[-1].ffn
+            weights = a.num_matmul_params(D) + ffn.num_active_params(D) + (2 * D + self.vocab_size) * D
+            further = self.multi_token.num_modules * (weights + a.pair_channels * a.visible_positions(seq_len))
+        return 6 * (self.num_matmul_params() + pairs + further)
+
+    def num_matmul_params(self) -> int:
+        """Weights that one token is multiplied with."""
+        D = self.d_model
         weights = self.vocab_size * D
         if self.ngram is not None:
             weights += len(self.ngram.sizes) * self.ngram.d_table * D
         for group, num_layers in self.sized_groups():
             weights += num_layers * (group.attention.num_matmul_params(D) + group.ffn.num_active_params(D))
-        for attention, layer, num_layers in self.attentions():
-            visible = attention.visible_positions(seq_len, layer)
-            pairs += num_layers * attention.num_heads * attention.head_dim * visible
-        return (3 if training else 1) * (2 * weights + 4 * pairs)
+        return weights
 
-    def attentions(self) -> Iterator[tuple[AttentionConfig, int, int]]:
+    def attentions(self) -> Iterator[tuple[AttentionConfig | LatentAttentionConfig, int, int]]:
         """Layers of a group that see the same: their attention, the number of the first one, and how many they are."""
         first = 0
         for group, num_layers in self.sized_groups():
@@ -148,9 +167,9 @@ class DecoderConfig:
         """Bytes of the decode cache of one sequence of ``length`` positions."""
         total = 0
         for group, num_layers in self.sized_groups():
-            slots, sums = group.attention.cache_size(length)
-            channels = num_layers * group.attention.num_kv_heads * group.attention.head_dim
-            total += channels * (2 * slots * jnp.dtype(dtype).itemsize + sums * 4)
+            (slots, sums), (key, value) = group.attention.cache_size(length), group.attention.cached_widths
+            heads = num_layers * group.attention.num_cached_heads
+            total += heads * ((key + value) * slots * jnp.dtype(dtype).itemsize + key * sums * 4)
         return total
 
     def kv_bytes_per_token(self, dtype: Any = "bfloat16", length: int | None = None) -> float:
@@ -206,53 +225,6 @@ class DecoderOutput:
         return {name: stats.load_E for name, stats in self.router.items()}
 
 
-class Block(nnx.Module):
-    """Pre-norm residual block: attention, then feed-forward or experts."""
-
-    def __init__(self, group: LayerGroup, cfg: DecoderConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, rngs=rngs)
-        # Each layer adds twice to the residual stream; so its variance does not grow with depth (GPT-2).
-        out_scale = (2 * cfg.num_layers) ** -0.5
-        self.attention = Attention(group.attention, cfg.d_model, out_scale=out_scale, rngs=rngs)
-        self.ffn_norm = RMSNorm(cfg.d_model, eps=cfg.norm_eps, rngs=rngs)
-        self.ffn = group.ffn.make(cfg.d_model, out_scale=out_scale, rngs=rngs)
-        self.is_moe = isinstance(group.ffn, MoEConfig)
-
-    def __call__(self, x_BTD, *, documents, positions_BT, rope, depth, cache=None, lengths_B=None):
-        """One layer.
-
-        Of the model's layers it is number ``depth``, or one that sees the same. With a cache, which has the pages of
-        the whole stack of layers, the experts' weights are given for the whole stack, too.
-        """
-        number = None if cache is None else cache.number
-        with jax.named_scope("attention"):
-            y_BTD, cache = self.attention(
-                self.attention_norm(x_BTD),
-                documents=documents,
-                positions_BT=positions_BT,
-                rope=rope,
-                cache=cache,
-                lengths_B=lengths_B,
-                layer=depth,
-            )
-            x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
-        with jax.named_scope("ffn"):
-            h_BTD, stats = self.ffn_norm(x_BTD), None
-            if self.is_moe:
-                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32), layer=number)
-            else:
-                y_BTD = self.ffn(h_BTD)
-            x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
-        return x_BTD, cache, stats
-
-
-_REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
 class Decoder(nnx.Module):
     """Embedding, layer groups, final norm; logits apart, since a loss wants them in chunks."""
 
@@ -265,9 +237,14 @@ class Decoder(nnx.Module):
             self.ngram = NgramEmbedding(cfg.ngram, D, rngs=rngs)
         if cfg.copy is not None:
             self.copy = CopyHead(cfg.copy, V, D, rngs=rngs)
+        sizes: dict[str, Any] = {"d_model": D, "num_layers": cfg.num_layers, "norm_eps": cfg.norm_eps}
         for index, (group, num_layers) in enumerate(cfg.sized_groups()):
-            make = lambda rngs, group=group: Block(group, cfg, rngs=rngs)  # noqa: E731
+            make = lambda rngs, group=group: Block(group.attention, group.ffn, **sizes, rngs=rngs)  # noqa: E731
             setattr(self, f"group_{index}", stack_layers(make, num_layers, rngs))
+        if cfg.multi_token is not None:
+            last = cfg.groups[-1]
+            further = lambda rngs: MultiTokenModule(last.attention, last.ffn, **sizes, rngs=rngs)  # noqa: E731
+            self.multi_token = stack_layers(further, cfg.multi_token.num_modules, rngs)
         self.final_norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
         if not cfg.tied:
             self.w_logits = param(rngs, (D, V), ("embed", "vocab"), fan_in=D)
@@ -287,8 +264,8 @@ class Decoder(nnx.Module):
         """
         documents = Documents.single(tokens_BT) if documents is None else documents
         history, cache = _history(tokens_BT, documents, cache)
-        attention = self.cfg.groups[0].attention
-        rope = rope_angles(history.positions_BT, attention.head_dim, attention.rope_theta)
+        # One table for all groups that have the same.
+        table = functools.cache(functools.partial(rope_angles, history.positions_BT))
         with jax.named_scope("embed"):
             x_BTD = self.embedding[...][tokens_BT]
             if self.cfg.ngram is not None:
@@ -301,8 +278,10 @@ class Decoder(nnx.Module):
         caches, router = [], {}
         lengths_B = None if cache is None or cache_is_empty else cache.lengths_B
         depth = 0
-        for index, (_, num_layers) in enumerate(self.cfg.sized_groups()):
+        for index, (group, num_layers) in enumerate(self.cfg.sized_groups()):
+            a = group.attention
             with jax.named_scope(f"group_{index}"):
+                rope = table(a.rope_width, a.rope_theta, a.rope_scaling)
                 run = functools.partial(self._run_group, index, range(depth, depth + num_layers), lengths_B=lengths_B)
                 x_BTD, layer_cache, stats = run(x_BTD, documents, history, rope, cache)
             caches.append(layer_cache)
@@ -314,7 +293,7 @@ class Decoder(nnx.Module):
             cache = Cache(tuple(caches), cache.lengths_B + new_B, cache.tokens_BS)
         hidden_BTD = self.final_norm(x_BTD)
         copy = self.copy.bonus(hidden_BTD, *match) if self.cfg.copy is not None else None
-        return DecoderOutput(hidden_BTD, cache, router, self._auxiliary_losses(router), copy)
+        return DecoderOutput(hidden_BTD, cache, router, self.auxiliary_losses(router), copy)
 
     def _run_group(self, index, depths, x_BTD, documents, history, rope, cache, lengths_B):
         graph, state = nnx.split(getattr(self, f"group_{index}"))
@@ -344,10 +323,10 @@ class Decoder(nnx.Module):
 
         attention, wrap = self.cfg.groups[index].attention, lambda layer: layer
         if self.compute.remat != "none" and cache is None:
-            wrap = functools.partial(jax.checkpoint, policy=_REMAT[self.compute.remat], prevent_cse=False)
+            wrap = functools.partial(jax.checkpoint, policy=REMAT[self.compute.remat], prevent_cse=False)
         turn = depths[: len(attention.masks())]  # what layers see repeats with it
         layers = [functools.partial(layer, depth) for depth in turn]
-        run = _unrolled if self.compute.unroll else functools.partial(_scanned, differentiable=cache is None)
+        run = unrolled if self.compute.unroll else functools.partial(scanned, differentiable=cache is None)
         x_BTD, (new, stats) = run(layers, x_BTD, (weights, old and old.state, numbers), len(depths), wrap)
         if old is None:
             return x_BTD, None, stats
@@ -356,21 +335,62 @@ class Decoder(nnx.Module):
             new_B = jnp.sum(documents.ids_BT > 0, axis=1)
             T = x_BTD.shape[1]
             slots_NBTn = jnp.stack([slots_by_head(attention.mask(depth), lengths_B, T, new_B) for depth in turn])
+            if self.compute.unroll:
+                # Written when all layers have read it. XLA:CPU must see that, or it copies the cache: so the slots
+                # depend on the output, by a number that is 0.
+                one = x_BTD.reshape(-1)[0]
+                slots_NBTn += ((one != one) & (one > 0)).astype(jnp.int32)
         return x_BTD, written(old, new, slots_NBTn), stats
 
-    def _auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
+    def further_hidden(
+        self, out: DecoderOutput, tokens_BT: Int[Array, "B T"], documents: Documents
+    ) -> tuple[list[Float[Array, "B T D"]], RouterStats | None]:
+        """Of each module of ``multi_token`` the hidden states that predict one token more (DeepSeek-V3, section 2.2).
+
+        At position i the n-th, from 1, sees the tokens up to i + n, and predicts i + n + 1. What a position says whose
+        i + n is in another document, or behind the row, means nothing (:func:`dsjax.models.multi_token.ahead`).
+
+        Returns:
+            Hidden states, to be turned into logits as those of ``out`` are; and what the modules' routers did.
+        """
+        assert self.cfg.multi_token is not None
+        graph, state = nnx.split(self.multi_token)
+        a, hidden_BTD, stats = self.cfg.groups[-1].attention, out.hidden_BTD, []
+        rope, found = rope_angles(documents.positions_BT, a.rope_width, a.rope_theta, a.rope_scaling), []
+        for number in range(self.cfg.multi_token.num_modules):
+
+            def run(weights: Any, hidden_BTD: Any, number: int = number) -> Any:
+                module = nnx.merge(graph, jax.tree.map(lambda x: x[number], weights))
+                embedded_BTD = self.embedding[...][shifted(tokens_BT, number + 1)].astype(self.compute.dtype)
+                return module(hidden_BTD, embedded_BTD, documents, rope, depth=self.cfg.num_layers + number)
+
+            if self.compute.remat != "none":
+                run = jax.checkpoint(run, policy=REMAT[self.compute.remat], prevent_cse=False)
+            hidden_BTD, own = run(state, hidden_BTD)
+            found.append(hidden_BTD)
+            stats.append(own)
+        return found, None if stats[0] is None else jax.tree.map(lambda *xs: jnp.stack(xs), *stats)
+
+    def auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
+        """The routers' losses, already weighted, of some groups of experts."""
         losses: dict[str, Any] = {}
-        for name, moe in self.cfg.experts().items():
+        experts = self.cfg.experts()
+        if MULTI_TOKEN in router:
+            experts[MULTI_TOKEN] = next(reversed(experts.values()))  # its layer is like the last ones
+        for name in router:
+            moe = experts[name]
             for loss, weight in moe.loss_weights().items():
                 losses[loss] = losses.get(loss, 0.0) + weight * jnp.mean(router[name].losses[loss])
         return losses
 
     def moved_buffers(self, router: dict[str, RouterSums]) -> dict[str, Any]:
         """All buffers behind a step whose whole batch has these sums, by group of experts."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for name, sums in router.items():
-            if buffers := getattr(self, name).ffn.moved_buffers(sums):
-                moved[name] = {"ffn": buffers}
+            block: Any = getattr(self, name)
+            block = block.block if name == MULTI_TOKEN else block
+            if buffers := block.ffn.moved_buffers(sums):
+                moved[name] = {"block": {"ffn": buffers}} if name == MULTI_TOKEN else {"ffn": buffers}
         return moved
 
     def output_weights(self) -> Float[Array, "D V"]:
@@ -379,10 +399,12 @@ class Decoder(nnx.Module):
 
     def logits(self, out: DecoderOutput) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
-        w_DV = self.output_weights().astype(out.hidden_BTD.dtype)
-        logits_BTV = jnp.einsum("BTD,DV->BTV", out.hidden_BTD, w_DV).astype(jnp.float32)
+        # Not transposed: XLA:CPU would copy the embedding for each token.
+        w, dims = (self.embedding[...], "VD") if self.cfg.tied else (self.w_logits[...], "DV")
+        w = w.astype(out.hidden_BTD.dtype)
+        logits_BTV = jnp.einsum(f"BTD,{dims}->BTV", out.hidden_BTD, w).astype(jnp.float32)
         if out.copy is not None:
-            chosen_BTV = jnp.arange(w_DV.shape[1]) == out.copy.token_BT[..., None]
+            chosen_BTV = jnp.arange(self.cfg.vocab_size) == out.copy.token_BT[..., None]
             logits_BTV = logits_BTV + jnp.where(chosen_BTV, out.copy.bonus_BT[..., None], 0)
         return shard(logits_BTV, "batch", "length", "vocab")
 
@@ -406,7 +428,7 @@ class Decoder(nnx.Module):
             a, pool = g.attention, None if pools is None else pools[index]
             conv = (max(a.conv_taps - 1, 0), self.cfg.d_model)
             layout: dict[str, Any] = {"page_size": page_size, "parts": parts, "lanes": lanes, "pool": pool}
-            sizes = (a.cache_size(slots), (a.num_kv_heads, a.head_dim), conv)
+            sizes = (a.cache_size(slots), (a.num_cached_heads, *a.cached_widths), conv)
             groups.append(empty_group(num_layers, batch, *sizes, dtype, **layout))
         return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32))
 
@@ -422,63 +444,3 @@ def _history(tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | 
     slots_BT = cache.lengths_B[:, None] + steps_T  # a cached row is one document
     cache = dataclasses.replace(cache, tokens_BS=tokens_BS)
     return History(tokens_BS, slots_BT, slots_BT, jnp.zeros_like(tokens_BS)), cache
-
-
-Layer = Callable[[Any, Any], tuple[Any, Any]]  # (x, its part of a stack) -> (x, what it makes)
-
-
-def _unrolled(layers: Sequence[Layer], x: Any, stacked: Any, num_layers: int, wrap: Any) -> tuple[Any, Any]:
-    """``layers`` in turn, ``num_layers`` in all, written out: each has its weights cut from the stack once."""
-    outputs = []
-    for number, weights in enumerate(_unstack(stacked, num_layers)):
-        x, y = wrap(layers[number % len(layers)])(x, weights)
-        outputs.append(y)
-    return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
-
-
-def _scanned(
-    layers: Sequence[Layer], x: Any, stacked: Any, num_layers: int, wrap: Any, *, differentiable: bool
-) -> tuple[Any, Any]:
-    """The same as a scan over the turns of ``layers``; those of a turn that is not full are written out behind it."""
-    if len(layers) == 1:
-        return jax.lax.scan(wrap(layers[0]), x, stacked)
-    turns = num_layers // len(layers)
-    in_turns = turns * len(layers)
-
-    def part(place: int, turn: Any) -> Any:
-        if differentiable:
-            return jax.tree.map(lambda x: x[place], turn)
-        # By its number out of the whole: if there is a rest, what goes into a scan is a copy without it.
-        number = turn * len(layers) + place
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stacked)
-
-    def one_turn(x: Any, turn: Any) -> tuple[Any, Any]:
-        outputs = []
-        for place, layer in enumerate(layers):
-            # Within what is computed again: so the stack itself is kept for it, and no part of it.
-            x, y = wrap(lambda x, turn, place=place, layer=layer: layer(x, part(place, turn)))(x, turn)
-            outputs.append(y)
-        return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
-
-    xs = jnp.arange(turns)
-    if differentiable:
-        xs = jax.tree.map(lambda x: x[:in_turns].reshape(turns, len(layers), *x.shape[1:]), stacked)
-    x, made = jax.lax.scan(one_turn, x, xs)
-    made = jax.tree.map(lambda y: y.reshape(in_turns, *y.shape[2:]), made)
-    if num_layers == in_turns:
-        return x, made
-    rest = jax.tree.map(lambda x: x[in_turns:], stacked)
-    x, more = _unrolled(layers, x, rest, num_layers - in_turns, wrap)
-    return x, jax.tree.map(lambda *ys: jnp.concatenate(ys), made, more)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _unstack(stacked: Any, num_layers: int) -> tuple[Any, ...]:
-    """The layers of a stack; its gradient is one stack instead of a sum of padded slices."""
-    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
-
-
-_unstack.defvjp(
-    lambda stacked, num_layers: (_unstack(stacked, num_layers), None),
-    lambda num_layers, _, layers: (jax.tree.map(lambda *xs: jnp.stack(xs), *layers),),
-)

@@ -39,6 +39,7 @@ class Pages:
 
     Attributes:
         k_LMKPH, v_LMKPH: M pages of P slots in each of L layers; finite numbers. Heads may be filled up with zeros.
+            In latent attention keys begin with values, and those are 0 wide.
         table_BJ: the page of each logical page of a row, the same in all layers; -1: it has none.
     """
 
@@ -118,7 +119,7 @@ def empty_pages(
     num_layers: int,
     batch: int,
     slots: int,
-    heads: tuple[int, int],
+    heads: tuple[int, int, int],
     dtype: Any,
     *,
     page_size: int = PAGE_SIZE,
@@ -132,7 +133,7 @@ def empty_pages(
         num_layers: L.
         batch: rows.
         slots: of a row, at least.
-        heads: key/value heads, and their width.
+        heads: key/value heads, and the width of a key and of a value.
         dtype: of keys and values.
         page_size: slots of a page.
         parts: devices over which rows are cut, and over which the slots of a row are.
@@ -147,15 +148,16 @@ def empty_pages(
     else:
         table_BJ = jnp.full((batch, columns * parts[1]), -1)
     own = rows * columns if pool is None else pool
-    kv = jnp.zeros((num_layers, own * math.prod(parts), heads[0], page_size, -(-heads[1] // lanes) * lanes), dtype)
-    return Pages(kv, kv, table_BJ.astype(jnp.int32))
+    pool_shape, widths = (num_layers, own * math.prod(parts), heads[0], page_size), heads[1:]
+    k_LMKPH, v_LMKPH = (jnp.zeros((*pool_shape, -(-width // lanes) * lanes), dtype) for width in widths)
+    return Pages(k_LMKPH, v_LMKPH, table_BJ.astype(jnp.int32))
 
 
 def empty_group(
     num_layers: int,
     batch: int,
     size: tuple[int, int],
-    heads: tuple[int, int],
+    heads: tuple[int, int, int],
     conv: tuple[int, int],
     dtype: Any,
     **layout: Any,
@@ -166,13 +168,13 @@ def empty_group(
         num_layers: L.
         batch: rows.
         size: slots of a row, and sums of its tails.
-        heads: key/value heads, and their width.
+        heads: key/value heads, and the width of a key and of a value.
         conv: positions that a short convolution needs, and the width of its input.
         dtype: of all but the sums.
         layout: see :func:`empty_pages`.
     """
     pages = empty_pages(num_layers, batch, size[0], heads, dtype, **layout)
-    sums = jnp.zeros((num_layers, batch, size[1], *heads), jnp.float32)
+    sums = jnp.zeros((num_layers, batch, size[1], *heads[:2]), jnp.float32)
     return GroupCache(pages, RowState(jnp.zeros((num_layers, batch, *conv), dtype), sums))
 
 
@@ -293,7 +295,7 @@ def filled(
         all_bSkH = by_head(mask, own_places(len(parts_of(mask)), kH[0]), slots, axis=2)
         all_bJpPkH = all_bSkH.reshape(b, columns // parts, parts, P, *kH)
         own_bJPkH = jax.lax.dynamic_index_in_dim(all_bJpPkH, part, axis=2, keepdims=False)
-        return own_bJPkH.swapaxes(2, 3).reshape(-1, kH[0], P, kH[1])
+        return own_bJPkH.swapaxes(2, 3).reshape(b * (columns // parts), kH[0], P, kH[1])
 
     return map_shards(fill, (("batch", None, "kv_heads", None), ("batch",)), POOL[1:])(new_BTKH, lengths_B)
 
@@ -345,6 +347,8 @@ def write_slots(
     Only those are written, so that a pool that is given away is changed in place. Each device writes what lies in its
     own pages. What has no page is dropped.
     """
+    if pool_LMKPH.shape[-1] == 0:
+        return pool_LMKPH
 
     def write(pool_LmkPH, new_LbTkH, table_bj, slots_NbTn):
         (L, m, k, P, H), columns, (part, parts) = pool_LmkPH.shape, table_bj.shape[1], own_part()

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsjax.nn.cache import POOL, LayerCache, held_positions, own_part, own_places
-from dsjax.nn.masks import AttentionMask, ByHead, Causal, by_head, parts_of, sees
+from dsjax.nn.cache import (
+    POOL,
+    LayerCache,
+    Made,
+    RowState,
+    filled,
+    held_positions,
+    own_part,
+    own_places,
+    tail_sums,
+)
+from dsjax.nn.masks import AttentionMask, ByHead, Causal, by_head, chooses, parts_of, sees
 from dsjax.sharding import current_mesh, map_shards, shard
 from pallas_kernels.cost import useful_flops
 from pallas_kernels.paged_attention import ALWAYS, NEVER, paged_attention
@@ -18,23 +31,27 @@ from pallas_kernels.segmented_attention.selection import best_segments
 def cached_attention(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKU: Float[Array, "B T K U"],
     cache: LayerCache,
     lengths_B: Int[Array, B],
     mask: AttentionMask,
-) -> Float[Array, "B T K G H"]:
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B T K G U"]:
     """T new positions of each row against what its cache holds of the ``lengths_B`` before, and against each other.
 
     On a mesh each device looks at its own pages, for all query heads of its key/value heads; what is exchanged are
     queries, and maxima, sums and outputs of the softmax. The cache's sums of tails are those with the new positions.
+    ``scale``: of the scores; None: 1 / sqrt(H). If the cache has no values, its keys begin with them.
     """
+    scale = q_BTKGH.shape[-1] ** -0.5 if scale is None else scale
     q_BTKGH = shard(q_BTKGH, "batch", None, "kv_heads", None, None)
     position_BT = lengths_B[:, None] + jnp.arange(q_BTKGH.shape[1])
     chosen_BTKX = None
     if chooses(mask):
         chosen_BTKX = chosen_tails(q_BTKGH, cache.state.tail_sums_BJKH, position_BT, mask)
-    held, held_log = attend_held(q_BTKGH, cache, lengths_B, mask, chosen_BTKX)
-    new, new_log = attend_new(q_BTKGH, k_BTKH, v_BTKH, position_BT, mask, chosen_BTKX)
+    held, held_log = attend_held(q_BTKGH, cache, lengths_B, mask, chosen_BTKX, scale, v_BTKU.shape[-1])
+    new, new_log = attend_new(q_BTKGH, k_BTKH, v_BTKU, position_BT, mask, chosen_BTKX, scale)
     log_BTKG = jnp.logaddexp(held_log, new_log)  # a position sees itself: finite
     held, new = (out * jnp.exp(log - log_BTKG)[..., None] for out, log in ((held, held_log), (new, new_log)))
     return (held + new).astype(q_BTKGH.dtype)
@@ -43,11 +60,12 @@ def cached_attention(
 def attend_new(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKU: Float[Array, "B T K U"],
     position_BT: Int[Array, "B T"],
     mask: AttentionMask,
     chosen_BTKX: Int[Array, "B T K X"] | None,
-) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
+    scale: float,
+) -> tuple[Float[Array, "B T K G U"], Float[Array, "B T K G"]]:
     """New positions against each other: output, and logarithm of the softmax' sum, float32."""
     chosen = None if chosen_BTKX is None else chosen_BTKX.swapaxes(1, 2)[..., None, :]
 
@@ -57,10 +75,10 @@ def attend_new(
 
     sees_BKTS = by_head(mask, places(mask, k_BTKH.shape[2]), seen, axis=1)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(sees_BKTS[:, :, None], scores * q_BTKGH.shape[-1] ** -0.5, -jnp.inf)
+    scores = jnp.where(sees_BKTS[:, :, None], scores * scale, -jnp.inf)
     log_BKGT = jax.nn.logsumexp(scores, axis=-1)
-    p_BKGTS = jnp.exp(scores - log_BKGT[..., None]).astype(v_BTKH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BTKH, preferred_element_type=jnp.float32)
+    p_BKGTS = jnp.exp(scores - log_BKGT[..., None]).astype(v_BTKU.dtype)
+    out = jnp.einsum("BKGTS,BSKU->BTKGU", p_BKGTS, v_BTKU, preferred_element_type=jnp.float32)
     return out, jnp.moveaxis(log_BKGT, 3, 1)
 
 
@@ -70,26 +88,30 @@ def attend_held(
     lengths_B: Int[Array, B],
     mask: AttentionMask,
     chosen_BTKX: Int[Array, "B T K X"] | None,
-) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
+    scale: float,
+    value_width: int,
+) -> tuple[Float[Array, "B T K G U"], Float[Array, "B T K G"]]:
     """New positions against the pages of their rows: output, and logarithm of the softmax' sum, float32."""
-    current, H = current_mesh(), q_BTKGH.shape[-1]
+    current = current_mesh()
     over = () if current is None else current[1].slots
-    scale = H**-0.5
-    wide = [(0, 0)] * 4 + [(0, cache.pages.k_LMKPH.shape[-1] - H)]  # pages may be wider than heads
+    wide = [(0, 0)] * 4 + [(0, cache.pages.k_LMKPH.shape[-1] - q_BTKGH.shape[-1])]  # pages may be wider than heads
+    attention = functools.partial(paged_attention, scale=scale)
+    if cache.pages.v_LMKPH.shape[-1] == 0:
+        attention = functools.partial(attention, value_width=value_width)
 
     def attend(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen_bTkX=None):
         pages = (q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number)
         if chosen_bTkX is not None:
             assert not isinstance(mask, Causal)
-            out, log = _chosen_pages(*pages, chosen_bTkX, mask, scale)
+            out, log = _chosen_pages(*pages, chosen_bTkX, mask, attention)
         else:
             room = table_bJ.shape[1] * own_part()[1] * k_LmkPH.shape[3]
             with useful_flops(min((cache.slots or room) / room, 1)):  # the rest fills pages up
                 if isinstance(mask, ByHead):
-                    out, log = _pages_by_head(*pages, mask, scale)
+                    out, log = _pages_by_head(*pages, mask, attention)
                 else:
-                    out, log = _all_pages(*pages, mask, scale)
-        out = out[..., :H]
+                    out, log = _all_pages(*pages, mask, attention)
+        out = out[..., :value_width]
         if not over:
             return out, log
         top = jax.lax.pmax(log, over)
@@ -107,7 +129,7 @@ def attend_held(
     return map_shards(attend, tuple(axes), (q, log))(*arrays)
 
 
-def _all_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: Causal | Segments, scale):
+def _all_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: Causal | Segments, attention):
     """All that the mask lets through; of a window only the pages in which it can lie."""
     (b, T, k, G, H), (L, m, _, P, _), (part, parts) = q_bTkGH.shape, k_LmkPH.shape, own_part()
     first_bT = first_seen(mask, lengths_b[:, None] + jnp.arange(T))
@@ -122,19 +144,18 @@ def _all_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: Cau
     position_bIP = visible_from(mask, logical_bI[..., None] * P + jnp.arange(P), lengths_b[:, None, None])
     seen_bI = (position_bIP >= first_bT[:, :1, None]).any(axis=-1) & (column_bI < columns)
     page_bI = jnp.where(seen_bI & (page_bI >= 0), number * m + page_bI, -1)
-    out, log = paged_attention(
+    out, log = attention(
         q_bTkGH.reshape(b, T, k * G, H),
         k_LmkPH.reshape(L * m, k, P, H),
-        v_LmkPH.reshape(L * m, k, P, -1),
+        _values(v_LmkPH, L * m, k),
         page_bI,
         position_bIP,
         first_bT,
-        scale=scale,
     )
     return out.reshape(b, T, k, G, -1), log.reshape(b, T, k, G)
 
 
-def _pages_by_head(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: ByHead, scale):
+def _pages_by_head(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: ByHead, attention):
     """All that the heads' masks let through: each (row, head) is a row for the kernel, and each (page, head) a page."""
     (b, T, k, G, H), (L, m, _, P, _), (part, parts) = q_bTkGH.shape, k_LmkPH.shape, own_part()
     place_k, position_bT = own_places(len(mask.parts), k), lengths_b[:, None] + jnp.arange(T)
@@ -147,19 +168,20 @@ def _pages_by_head(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask:
     position_bkJP = by_head(mask, place_k, positions, axis=1)
     seen_bkJ = (position_bkJP >= first_bkT[..., :1, None]).any(axis=-1) & (table_bJ >= 0)[:, None]
     page_bkJ = jnp.where(seen_bkJ, (number * m + table_bJ[:, None]) * k + jnp.arange(k)[:, None], -1)
-    out, log = paged_attention(
+    out, log = attention(
         q_bTkGH.swapaxes(1, 2).reshape(b * k, T, G, H),
         k_LmkPH.reshape(L * m * k, 1, P, H),
-        v_LmkPH.reshape(L * m * k, 1, P, -1),
+        _values(v_LmkPH, L * m * k, 1),
         page_bkJ.reshape(b * k, -1),
         position_bkJP.reshape(b * k, -1, P),
         first_bkT.reshape(b * k, T),
-        scale=scale,
     )
     return out.reshape(b, k, T, G, -1).swapaxes(1, 2), log.reshape(b, k, T, G).swapaxes(1, 2)
 
 
-def _chosen_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen_bTkX, mask: Segments | ByHead, scale):
+def _chosen_pages(
+    q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen_bTkX, mask: Segments | ByHead, attention
+):
     """The pages of the open segment's head, of the chosen tails, and of the own one: a list for each query and head.
 
     So each (row, position, head) is a row of the kernel's, and each (page, head) a page.
@@ -196,16 +218,20 @@ def _chosen_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen
     take = jax.vmap(lambda table_J, column: table_J[jnp.clip(column, 0, len(table_J) - 1)])
     page = take(table_bJ, column)
     page = jnp.where(seen & (page >= 0), (number * m + page) * k + jnp.arange(k)[:, None], -1)
-    out, log = paged_attention(
+    out, log = attention(
         q_bTkGH.reshape(b * T * k, 1, G, H),
         k_LmkPH.reshape(L * m * k, 1, P, H),
-        v_LmkPH.reshape(L * m * k, 1, P, -1),
+        _values(v_LmkPH, L * m * k, 1),
         page.reshape(b * T * k, -1),
         position.reshape(b * T * k, -1, P),
         first_bTk.reshape(-1)[:, None],
-        scale=scale,
     )
     return out.reshape(b, T, k, G, -1), log.reshape(b, T, k, G)
+
+
+def _values(v_LmkPU: Float[Array, "L m k P U"], *pages: int) -> Float[Array, "M K P U"] | None:
+    """The pages of values; None: keys begin with them."""
+    return v_LmkPU.reshape(*pages, *v_LmkPU.shape[3:]) if v_LmkPU.shape[-1] else None
 
 
 def visible_from(mask: Causal | Segments, slots: Int[Array, ...], lengths: Int[Array, ...]) -> Int[Array, ...]:
@@ -223,13 +249,36 @@ def first_seen(mask: Causal | Segments, position: Int[Array, ...]) -> Int[Array,
     return jnp.maximum(position - mask.window + 1, 0) if mask.window is not None else jnp.zeros_like(position)
 
 
+# ---------------------------------------------------------------- what is kept
+
+
+def to_keep(x_BTKH: Float[Array, "B T K H"], pool_LMKPW: Float[Array, "L M K P W"]) -> Float[Array, "B T K W"]:
+    """In the dtype and width of a pool, and finite: a weight of 0 times what a page holds must be 0."""
+    x_BTKH = jnp.where(jnp.isfinite(x_BTKH), x_BTKH, 0)
+    return jnp.pad(x_BTKH, [(0, 0)] * 3 + [(0, pool_LMKPW.shape[-1] - x_BTKH.shape[-1])]).astype(pool_LMKPW.dtype)
+
+
+def all_kept(
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKU: Float[Array, "B T K U"],
+    cache: LayerCache,
+    state: RowState,
+    ids_BT: Int[Array, "B T"],
+    mask: AttentionMask,
+) -> Made:
+    """All pages of a layer whose cache held nothing."""
+    if chooses(mask):
+        num = state.tail_sums_BJKH.shape[1]
+        place_K = jnp.arange(k_BTKH.shape[2]) % len(parts_of(mask))
+        sums_BJKH = by_head(mask, place_K, lambda segments: tail_sums(k_BTKH, ids_BT, segments, num), axis=2)
+        state = dataclasses.replace(state, tail_sums_BJKH=sums_BJKH)
+    real_B = jnp.sum(ids_BT > 0, axis=1)
+    pools = ((k_BTKH, cache.pages.k_LMKPH), (v_BTKU, cache.pages.v_LMKPH))
+    k_MKPH, v_MKPU = (filled(to_keep(x, pool), mask, cache.pages, real_B) for x, pool in pools)
+    return Made(k_MKPH, v_MKPU, state)
+
+
 # ---------------------------------------------------------------- chosen tails
-
-
-def chooses(mask: AttentionMask) -> bool:
-    """Whether a position looks at some tails only."""
-    part = parts_of(mask)[0]
-    return isinstance(part, Segments) and part.top is not None and part.window > 0
 
 
 def places(mask: AttentionMask, num_heads: int) -> Int[Array, " K"]:

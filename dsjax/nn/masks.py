@@ -110,6 +110,12 @@ def parts_of(mask: AttentionMask) -> tuple[Causal | Segments, ...]:
     return mask.parts if isinstance(mask, ByHead) else (mask,)
 
 
+def chooses(mask: AttentionMask) -> bool:
+    """Whether a position looks at some tails only."""
+    part = parts_of(mask)[0]
+    return isinstance(part, Segments) and part.top is not None and part.window > 0
+
+
 def by_head(mask: AttentionMask, place_k: Int[Array, " k"], f: Callable[[Any], Array], axis: int) -> Array:
     """``f`` of what each of some heads sees, those at ``place_k`` of :func:`parts_of`.
 

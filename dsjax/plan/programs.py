@@ -134,11 +134,11 @@ def _shares(model: DecoderConfig, mesh: Any, rules: Rules, tokens: int, *, train
 
 def decode_flops(model: DecoderConfig, length: int) -> float:
     """FLOPs of one token that sees ``length`` positions, itself included."""
-    flops = model.flops_per_token(1, training=False)
+    pairs = 0.0
     for attention, layer, num_layers in model.attentions():
         seen = attention.visible_pairs(length, layer) - attention.visible_pairs(length - 1, layer)
-        flops += num_layers * 4 * attention.num_heads * attention.head_dim * (seen - 1)  # itself is counted
-    return flops
+        pairs += num_layers * attention.cached_pair_channels * seen
+    return 2 * (model.num_matmul_params() + pairs)
 
 
 def device_shape(leaf: Any) -> tuple[str, tuple[int, ...]]:

@@ -138,7 +138,7 @@ def divides(job: Job, mesh: dict[str, int], batch_size: int) -> bool:
         micro % rows == 0
         and (mesh["context"] == 1 or (micro == rows and length % mesh["context"] == 0))
         and model.d_model % mesh["fsdp"] == 0
-        and all(a.num_kv_heads % mesh["tensor"] == 0 for a in attention)
+        and all(a.training_heads % mesh["tensor"] == 0 for a in attention)
     )
 
 
@@ -170,7 +170,7 @@ def _kept_widths(model: Any, remat: str) -> float:
     for group, num_layers in model.sized_groups():
         a, moe = group.attention, isinstance(group.ffn, MoEConfig)
         inner = group.ffn.d_ff * ((group.ffn.top_k + group.ffn.num_shared_experts) if moe else 1)
-        products = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim + 2 * inner + model.d_model
+        products = a.product_channels + 2 * inner + model.d_model
         total += num_layers * (model.d_model + {"full": 0, "dots": products, "none": 2 * products}[remat])
     return total
 

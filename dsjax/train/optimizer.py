@@ -75,6 +75,9 @@ def learning_rate(cfg: OptimConfig, step: Int[Array, ""] | int, total_steps: Int
     return warmup * (cfg.final_lr_share + (1 - cfg.final_lr_share) * shape)
 
 
+_SIDES = ("embed", "latent")  # what a matrix maps from or to: the first that it has
+
+
 def kinds(axes: Any) -> Any:
     """What each weight is to the optimizer, from its logical axes: matrix, embedding, table or vector."""
 
@@ -84,18 +87,18 @@ def kinds(axes: Any) -> Any:
         if "vocab" in names:
             return "embedding"
         own = [n for n in names if n not in ("layers", "taps", "lengths")]
-        return "matrix" if len(own) > 1 else "vector"
+        return "matrix" if len(own) > 1 and set(_SIDES) & set(own) else "vector"  # biases have several axes, too
 
     return jax.tree.map(kind, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def matrix_dims(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers:
     """Which dimensions of a weight are the matrix's inputs and outputs; the others stack matrices."""
-    inner = [i for i, name in enumerate(names) if name not in ("layers", "expert")]
-    embed = names.index("embed")
-    others = tuple(i for i in inner if i != embed)
-    reads_embed = embed == inner[0]  # else it writes to the residual stream
-    inputs, outputs = ((embed,), others) if reads_embed else (others, (embed,))
+    inner = [i for i, name in enumerate(names) if name not in ("layers", "expert", "halves")]
+    side = next(names.index(name) for name in _SIDES if name in names)
+    others = tuple(i for i in inner if i != side)
+    reads = side == inner[0]  # else it writes to the residual stream
+    inputs, outputs = ((side,), others) if reads else (others, (side,))
     return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
 

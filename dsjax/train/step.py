@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from dsjax.checkpoint import key_name
 from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
+from dsjax.models.multi_token import MULTI_TOKEN, ahead, shifted
 from dsjax.nn.losses import cross_entropy
 from dsjax.nn.masks import Leaf
 from dsjax.nn.moe import set_capacity
@@ -84,13 +85,31 @@ def next_token_loss(
         chunk=model.compute.loss_chunk,
     )
     loss = nll / total_weight
-    metrics = {"loss": loss}
+    metrics, router, losses = {"loss": loss}, dict(out.router), dict(out.losses)
+    if model.cfg.multi_token is not None:
+        further, stats = model.further_hidden(out, batch.tokens_BT, batch.documents)
+        metrics["loss/multi_token"] = _further_loss(model, further, batch) / total_weight
+        loss = loss + metrics["loss/multi_token"]
+        if stats is not None:
+            router[MULTI_TOKEN] = stats
+            losses |= {f"multi_token_{k}": x for k, x in model.auxiliary_losses({MULTI_TOKEN: stats}).items()}
     # What is a mean over these rows counts by their share of the whole batch, so that micro-batches add up.
     share = jnp.sum(batch.loss_weight_BT) / total_weight
-    for name, value in out.losses.items():
+    for name, value in losses.items():
         metrics[f"loss/{name}"] = value * share
         loss = loss + value * share
-    return loss, LossReport(metrics, {name: stats.sums for name, stats in out.router.items()})
+    return loss, LossReport(metrics, {name: stats.sums for name, stats in router.items()})
+
+
+def _further_loss(model: Decoder, further: Sequence[jax.Array], batch: Batch) -> Float[Array, ""]:
+    """The weighted loss of the tokens behind the next one, summed over the batch's weight."""
+    assert model.cfg.multi_token is not None
+    total = jnp.float32(0)
+    for by, hidden_BTD in enumerate(further, start=1):
+        weight_BT = shifted(batch.loss_weight_BT, by) * ahead(batch.documents.ids_BT, by)
+        targets_BT, w_DV = shifted(batch.targets_BT, by), model.output_weights()
+        total += cross_entropy(hidden_BTD, w_DV, targets_BT, weight_BT, chunk=model.compute.loss_chunk)
+    return total * model.cfg.multi_token.weight / len(further)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,21 +15,24 @@ __all__ = ["Tiles", "causal_attention", "causal_attention_reference", "causal_at
 def causal_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKU: Float[Array, "B T K U"],
     ids_BT: Int[Array, "B T"],
     window: int | None = None,
     *,
+    scale: float | None = None,
     implementation: Literal["reference", "xla"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H)) v over the keys at or before the query, in its document and ``window``.
+) -> Float[Array, "B T N U"]:
+    """softmax(scale q k) v over the keys at or before the query, in its document and ``window``.
 
     Args:
         q_BTNH: queries; heads n = k * (N / K) + g share key/value head k.
-        k_BTKH, v_BTKH: keys and values.
+        k_BTKH: keys.
+        v_BTKU: values; their width U may differ from H.
         ids_BT: document of each position.
         window: positions that a query sees, itself included; None: all.
+        scale: of the scores; None: 1 / sqrt(H).
         implementation: None takes the best one for the backend.
     """
     if implementation == "reference":
-        return causal_attention_reference(q_BTNH, k_BTKH, v_BTKH, ids_BT, window)
-    return causal_attention_xla(q_BTNH, k_BTKH, v_BTKH, ids_BT, window)
+        return causal_attention_reference(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale)
+    return causal_attention_xla(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale)

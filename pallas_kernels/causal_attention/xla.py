@@ -37,17 +37,18 @@ class Tiles:
 ACCELERATOR_TILES = Tiles(block=512, spans=4)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def causal_attention_xla(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKU: Float[Array, "B T K U"],
     ids_BT: Int[Array, "B T"],
     window: int | None = None,
+    scale: float | None = None,
     tiles: Tiles | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """See :func:`pallas_kernels.causal_attention.causal_attention`; ``tiles``: None, what suits the platform."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, tiles)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,20 +139,21 @@ def _for_platform(f, tiles: Tiles | None, *arguments):
     return jax.lax.platform_dependent(*arguments, **on)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, window, tiles):
-    arrays = (q_BTNH, k_BTKH, v_BTKH, ids_BT)
-    out_BTNH, log_BKGT1 = _for_platform(functools.partial(_forward_tiled, window), tiles, *arrays)
-    return out_BTNH, (*arrays, out_BTNH, log_BKGT1)
+def _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, tiles):
+    arrays = (q_BTNH, k_BTKH, v_BTKU, ids_BT)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    out_BTNU, log_BKGT1 = _for_platform(functools.partial(_forward_tiled, window, scale), tiles, *arrays)
+    return out_BTNU, (*arrays, out_BTNU, log_BKGT1)
 
 
-def _forward_tiled(window, tiles, q_BTNH, k_BTKH, v_BTKH, ids_BT):
+def _forward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT):
     """The output, and the log-sum-exp of each query's scores in base 2."""
-    T, H, K = q_BTNH.shape[1], q_BTNH.shape[3], k_BTKH.shape[2]
+    T, K = q_BTNH.shape[1], k_BTKH.shape[2]
     block, padded, spans = _spans(T, window, tiles)
     share = _useful_share(T, window, tiles)
     # The factor turns exp into exp2.
-    q = _heads_first(_pad(q_BTNH * jnp.asarray(H**-0.5 * LOG2_E, q_BTNH.dtype), padded), K)
-    k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+    q = _heads_first(_pad(q_BTNH * jnp.asarray(scale * LOG2_E, q_BTNH.dtype), padded), K)
+    k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKU))
     ids = _pad(ids_BT, padded, value=-1)
     outs, logs = [], []
     for span in spans:
@@ -160,7 +162,7 @@ def _forward_tiled(window, tiles, q_BTNH, k_BTKH, v_BTKH, ids_BT):
 
         def one(_, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key):
             q, ids_Bt, first_query = xs
-            B, K, G, t, H = q.shape
+            B, K, G, t, _ = q.shape
             with useful_flops(share):
                 scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window)
             top = scores.max(axis=-1, keepdims=True)
@@ -168,7 +170,7 @@ def _forward_tiled(window, tiles, q_BTNH, k_BTKH, v_BTKH, ids_BT):
             total = p.sum(axis=-1, keepdims=True)
             p = p.reshape(B, K, G * t, -1).astype(v.dtype)
             with useful_flops(share):
-                out = jnp.einsum("BKTS,BKSH->BKTH", p, v).reshape(B, K, G, t, H)
+                out = jnp.einsum("BKTS,BKSU->BKTU", p, v).reshape(B, K, G, t, -1)
             return None, ((out / total).astype(q.dtype), top + jnp.log2(total))
 
         first_queries = jnp.arange(span.start, span.end, block, dtype=jnp.int32)
@@ -179,23 +181,24 @@ def _forward_tiled(window, tiles, q_BTNH, k_BTKH, v_BTKH, ids_BT):
     return _heads_last(jnp.concatenate(outs, axis=3))[:, :T], jnp.concatenate(logs, axis=3)[:, :, :, :T]
 
 
-def _backward(window, tiles, saved, do_BTNH):
-    return *_for_platform(functools.partial(_backward_tiled, window), tiles, *saved, do_BTNH), None
+def _backward(window, scale, tiles, saved, do_BTNU):
+    scale = saved[0].shape[-1] ** -0.5 if scale is None else scale
+    return *_for_platform(functools.partial(_backward_tiled, window, scale), tiles, *saved, do_BTNU), None
 
 
-def _backward_tiled(window, tiles, q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, log_BKGT1, do_BTNH):
-    (B, T, _, H), K = q_BTNH.shape, k_BTKH.shape[2]
+def _backward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT, out_BTNU, log_BKGT1, do_BTNU):
+    (B, T, _, H), (K, U) = q_BTNH.shape, v_BTKU.shape[2:]
     block, padded, spans = _spans(T, window, tiles)
     share = _useful_share(T, window, tiles)
-    q = _heads_first(_pad(q_BTNH * jnp.asarray(H**-0.5 * LOG2_E, q_BTNH.dtype), padded), K)
-    do = _heads_first(_pad(do_BTNH, padded), K)
+    q = _heads_first(_pad(q_BTNH * jnp.asarray(scale * LOG2_E, q_BTNH.dtype), padded), K)
+    do = _heads_first(_pad(do_BTNU, padded), K)
     log = _pad(log_BKGT1, padded, axis=3)
-    along_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
+    along_BTN = jnp.sum(do_BTNU.astype(jnp.float32) * out_BTNU.astype(jnp.float32), axis=-1)
     along = _heads_first(_pad(along_BTN, padded)[..., None], K)
-    k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+    k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKU))
     ids = _pad(ids_BT, padded, value=-1)
     dq: list[jax.Array] = []
-    sums: tuple[jax.Array, ...] | None = None  # dk and dv, (B, K, H, S)
+    sums: tuple[jax.Array, ...] | None = None  # dk and dv, (B, K, H or U, S)
     for span in reversed(spans):  # the last span sees the most keys: its sums are the ones that the others add to
         keys = slice(span.first_key, span.end)
         k_span, v_span, ids_span = k[:, :, keys], v[:, :, keys], ids[:, keys]
@@ -206,33 +209,33 @@ def _backward_tiled(window, tiles, q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, log
             with useful_flops(0):  # the forward pass had them
                 scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window)
             p = jnp.exp2(scores - log)
-            q, do = q.reshape(B, K, G * t, H), do.reshape(B, K, G * t, H)
+            q, do = q.reshape(B, K, G * t, H), do.reshape(B, K, G * t, U)
             with useful_flops(share):
-                dp = jnp.einsum("BKTH,BKSH->BKTS", do, v).reshape(p.shape).astype(jnp.float32)
+                dp = jnp.einsum("BKTU,BKSU->BKTS", do, v).reshape(p.shape).astype(jnp.float32)
                 ds = (p * (dp - along)).reshape(B, K, G * t, -1).astype(q.dtype)
                 p = p.reshape(B, K, G * t, -1).astype(q.dtype)
                 dq = jnp.einsum("BKTS,BKSH->BKTH", ds, k).reshape(B, K, G, t, H)
                 dk = jnp.einsum("BKHT,BKTS->BKHS", q.swapaxes(2, 3), ds)
-                dv = jnp.einsum("BKHT,BKTS->BKHS", do.swapaxes(2, 3), p)
+                dv = jnp.einsum("BKUT,BKTS->BKUS", do.swapaxes(2, 3), p)
             new = (dk.astype(jnp.float32), dv.astype(jnp.float32))
             return new if sums is None else jax.tree.map(jnp.add, sums, new), dq
 
         first_queries = jnp.arange(span.start, span.end, block, dtype=jnp.int32)
         parts = tuple(_blocks(x, span, block, 3) for x in (q, do, log, along))
         one_block = span.end - span.start == block
-        zeros = jnp.zeros((B, K, H, span.end - span.first_key), jnp.float32)
+        zeros = tuple(jnp.zeros((B, K, width, span.end - span.first_key), jnp.float32) for width in (H, U))
         xs = (*parts, _blocks(ids, span, block, 1), first_queries)
-        new, dq_span = _scan(one, None if one_block else (zeros, zeros), xs)
+        new, dq_span = _scan(one, None if one_block else zeros, xs)
         if sums is None:
             sums = tuple(jnp.pad(x, ((0, 0),) * 3 + ((span.first_key, 0),)) for x in new)
         else:
             sums = tuple(total.at[..., keys].add(x) for total, x in zip(sums, new, strict=True))
         dq.insert(0, _unblocks(dq_span, 3))
     assert sums is not None
-    dk_BKHS, dv_BKHS = sums
-    dq_BTNH = _heads_last(jnp.concatenate(dq, axis=3))[:, :T] * jnp.asarray(H**-0.5, q_BTNH.dtype)
-    dk_BTKH, dv_BTKH = (x.transpose(0, 3, 1, 2)[:, :T] for x in (dk_BKHS / LOG2_E, dv_BKHS))
-    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype)
+    dk_BKHS, dv_BKUS = sums
+    dq_BTNH = _heads_last(jnp.concatenate(dq, axis=3))[:, :T] * jnp.asarray(scale, q_BTNH.dtype)
+    dk_BTKH, dv_BTKU = (x.transpose(0, 3, 1, 2)[:, :T] for x in (dk_BKHS / LOG2_E, dv_BKUS))
+    return dq_BTNH.astype(q_BTNH.dtype), dk_BTKH.astype(k_BTKH.dtype), dv_BTKU.astype(v_BTKU.dtype)
 
 
 causal_attention_xla.defvjp(_forward, _backward)

@@ -22,12 +22,13 @@ Implementation = Literal["reference", "xla", "tpu"]
 def paged_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_MKPH: Float[Array, "M K P H"],
-    v_MKPU: Float[Array, "M K P U"],
+    v_MKPU: Float[Array, "M K P U"] | None,
     pages_BJ: Int[Array, "B J"],
     positions_BJP: Int[Array, "B J P"],
     first_BT: Int[Array, "B T"],
     *,
     scale: float | None = None,
+    value_width: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
     """softmax(scale q k) v over what each query sees in its row's pages, and the logarithm of the softmax' sum.
@@ -40,11 +41,13 @@ def paged_attention(
     Args:
         q_BTNH: queries; heads n = k * (N / K) + g share key/value head k.
         k_MKPH: keys, in M pages of P slots.
-        v_MKPU: values; their width U may differ from H. What stands in a page that a row has must be finite.
+        v_MKPU: values; their width U may differ from H. What stands in a page that a row has must be finite. None:
+            a key begins with its value (the latent of multi-head latent attention), which is read once.
         pages_BJ: numbers of each row's pages in the order in which they are visited; -1: none.
         positions_BJP: the position that each slot holds; NEVER, or ALWAYS: every query sees it.
         first_BT: the first position that each query sees, at least 0.
         scale: of the scores; None: 1 / sqrt(H).
+        value_width: U, where keys begin with values.
         implementation: None: the best one for the platform that the program is compiled for. A named one runs or
             raises; away from its own platform a kernel is interpreted.
 
@@ -54,28 +57,37 @@ def paged_attention(
     Raises:
         ValueError: shapes that do not go together, or a kernel that can not do what is asked.
     """
-    _check(q_BTNH, k_MKPH, v_MKPU, pages_BJ, positions_BJP, first_BT)
-    (B, T, N, H), U = q_BTNH.shape, v_MKPU.shape[-1]
-    scale = H**-0.5 if scale is None else float(scale)
+    _check(q_BTNH, k_MKPH, v_MKPU, pages_BJ, positions_BJP, first_BT, value_width)
+    B, T, N, H = q_BTNH.shape
+    U: Any = value_width if v_MKPU is None else v_MKPU.shape[-1]
+    options: dict[str, Any] = {"scale": H**-0.5 if scale is None else float(scale), "value_width": U}
     arrays = (q_BTNH, k_MKPH, v_MKPU, pages_BJ, positions_BJP, first_BT)
     if implementation not in (None, "reference", "xla", "tpu"):
         raise ValueError(f"implementation is {implementation!r}; it is None, 'reference', 'xla' or 'tpu'")
     if 0 in (B, T, N, U, *k_MKPH.shape, *pages_BJ.shape):
         return jnp.zeros((B, T, N, U), jnp.float32), jnp.full((B, T, N), -jnp.inf, jnp.float32)
     if implementation == "reference":
-        return paged_attention_reference(*arrays, scale)
+        return paged_attention_reference(*arrays, **options)
     if implementation == "xla":
-        return xla.forward(*arrays, scale=scale)
-    kernel, reason = functools.partial(tpu.forward, scale=scale), tpu.why_not(*arrays)
+        return xla.forward(*arrays, **options)
+    kernel, reason = functools.partial(tpu.forward, **options), tpu.why_not(*arrays, value_width=U)
     if implementation == "tpu":
         if reason is not None:
             raise ValueError(f"implementation 'tpu': {reason}")
         return jax.lax.platform_dependent(*arrays, tpu=kernel, default=functools.partial(kernel, interpret=True))
     choices: dict[str, Any] = {} if reason is not None else {"tpu": kernel}
-    return jax.lax.platform_dependent(*arrays, **choices, default=functools.partial(xla.forward, scale=scale))
+    return jax.lax.platform_dependent(*arrays, **choices, default=functools.partial(xla.forward, **options))
 
 
-def _check(q: Array, k: Array, v: Array, pages: Array, positions: Array, first: Array) -> None:
+def _check(
+    q: Array, k: Array, v: Array | None, pages: Array, positions: Array, first: Array, value_width: int | None
+) -> None:
+    if (v is None) == (value_width is None):
+        raise ValueError("give the values, or value_width where keys begin with them")
+    if v is None:
+        if not 0 <= (value_width or 0) <= k.shape[-1]:
+            raise ValueError(f"value_width is {value_width}; it must be at most the width of keys, {k.shape[-1]}")
+        v = k
     shapes = {"q": q, "k": k, "v": v, "pages": pages, "positions": positions, "first": first}
     said = ", ".join(f"{name} {x.shape}" for name, x in shapes.items())
     if [x.ndim for x in shapes.values()] != [4, 4, 4, 2, 3, 2]:

@@ -11,14 +11,16 @@ NEVER, ALWAYS = -1, 2**31 - 1  # in place of a position: no query sees it, every
 def paged_attention_reference(
     q_BTNH: Float[Array, "B T N H"],
     k_MKPH: Float[Array, "M K P H"],
-    v_MKPU: Float[Array, "M K P U"],
+    v_MKPU: Float[Array, "M K P U"] | None,
     pages_BJ: Int[Array, "B J"],
     positions_BJP: Int[Array, "B J P"],
     first_BT: Int[Array, "B T"],
     scale: float,
+    value_width: int,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B T N"]]:
     """See :func:`pallas_kernels.paged_attention.paged_attention`."""
     (B, T, N, H), K = q_BTNH.shape, k_MKPH.shape[1]
+    v_MKPU = (k_MKPH if v_MKPU is None else v_MKPU)[..., :value_width]
     k_BJKPH, v_BJKPU = (x[jnp.maximum(pages_BJ, 0)].astype(jnp.float32) for x in (k_MKPH, v_MKPU))
     there_BJP = (pages_BJ >= 0)[..., None] & (positions_BJP >= 0)
     sees_BTJP = there_BJP[:, None] & (positions_BJP[:, None] >= first_BT[..., None, None])

@@ -19,7 +19,7 @@ from jaxtyping import Array
 LANES, SUBLANES = 128, 8
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # finite: the difference of two is a number
-WIDEST_HEAD = 256
+WIDEST_HEAD, WIDEST_LATENT = 256, 640
 QUERIES = 512  # of one key/value head, that look at a chunk together
 CHUNK_BYTES = 1 << 20  # of keys: enough on its way to hide the time to the memory
 SLOTS = 512  # of a chunk, at the most
@@ -27,12 +27,17 @@ ROW_BYTES = 7 << 20  # of what all queries of a block keep on the chip: 16 MiB i
 VMEM_LIMIT = 16 << 20
 
 
-def why_not(q: Array, k: Array, v: Array, pages: Array, positions: Array, first: Array) -> str | None:
+def why_not(
+    q: Array, k: Array, v: Array | None, pages: Array, positions: Array, first: Array, *, value_width: int
+) -> str | None:
     """Why the kernel can not take these arrays, in a sentence; None: it can."""
-    if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; the kernel takes all bfloat16 or all float32"
-    if max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD:
-        return f"heads are {q.shape[-1]} and {v.shape[-1]} wide; the kernel takes up to {WIDEST_HEAD}"
+    dtypes = [x.dtype for x in (q, k, v) if x is not None]
+    if len(set(dtypes)) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
+        said = ", ".join(map(str, dtypes))
+        return f"the dtypes of queries, keys and values are {said}; the kernel takes all bfloat16 or all float32"
+    widest = WIDEST_HEAD if v is not None else WIDEST_LATENT
+    if max(q.shape[-1], value_width) > widest:
+        return f"heads are {q.shape[-1]} and {value_width} wide; the kernel takes up to {widest}"
     tile = SUBLANES * 4 // q.dtype.itemsize
     if (P := k.shape[2]) % tile or P > SLOTS:
         return f"pages have {P} slots; the kernel takes multiples of {tile} up to {SLOTS}"
@@ -42,16 +47,18 @@ def why_not(q: Array, k: Array, v: Array, pages: Array, positions: Array, first:
 def forward(
     q_BTNH: Array,
     k_MKPH: Array,
-    v_MKPU: Array,
+    v_MKPU: Array | None,
     pages_BJ: Array,
     positions_BJP: Array,
     first_BT: Array,
     *,
     scale: float,
+    value_width: int,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
     """See :mod:`pallas_kernels.paged_attention.attend`."""
-    (B, T, N, H), (_, K, P, U), J = q_BTNH.shape, v_MKPU.shape, pages_BJ.shape[1]
+    (B, T, N, H), (_, K, P, _), U, J = q_BTNH.shape, k_MKPH.shape, value_width, pages_BJ.shape[1]
+    pools = [k_MKPH] if v_MKPU is None else [k_MKPH, v_MKPU]
     G, tile = N // K, SUBLANES * 4 // q_BTNH.dtype.itemsize
     C = chunk_pages(K, P, max(H, U), k_MKPH.dtype.itemsize, J)
     chunks = -(-J // C)
@@ -69,7 +76,7 @@ def forward(
     positions_BJP = jnp.where((pages_BJ >= 0)[..., None], positions_BJP, -1)
     used_B = jnp.max(jnp.where(pages_BJ >= 0, jnp.arange(chunks * C) // C + 1, 0), axis=1)
 
-    slots, numbers = J * P, k_MKPH.dtype.itemsize * K * (H + U)
+    slots, numbers = J * P, k_MKPH.dtype.itemsize * K * sum(pool.shape[-1] for pool in pools)
     out, log = pl.pallas_call(
         functools.partial(_kernel, C=C, scale=scale * LOG2_E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -80,17 +87,15 @@ def forward(
                 pl.BlockSpec((1, chunks, 1, C * P), lambda b, r, _: (b, 0, 0, 0)),
                 pl.BlockSpec((1, rows, LANES), lambda b, r, _: (b, r, 0)),
                 pl.BlockSpec((1, K, rows, H), lambda b, r, _: (b, 0, r, 0)),
-                pl.BlockSpec(memory_space=pltpu.HBM),
-                pl.BlockSpec(memory_space=pltpu.HBM),
+                *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(pools),
             ],
             out_specs=[
                 pl.BlockSpec((1, K, rows, U), lambda b, r, _: (b, 0, r, 0)),
                 pl.BlockSpec((1, K, rows, LANES), lambda b, r, _: (b, 0, r, 0)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((2, K, C * P, H), k_MKPH.dtype),
-                pltpu.VMEM((2, K, C * P, U), v_MKPU.dtype),
-                pltpu.SemaphoreType.DMA((2, 2)),
+                *[pltpu.VMEM((2, K, C * P, pool.shape[-1]), pool.dtype) for pool in pools],
+                pltpu.SemaphoreType.DMA((2, len(pools))),
                 pltpu.VMEM((2, K, rows, LANES), jnp.float32),
             ],
         ),
@@ -109,7 +114,7 @@ def forward(
         ),
         interpret=interpret,
         name="paged_attention",
-    )(used_B, pages_BJ[:, None], positions_BJP.reshape(B, chunks, 1, C * P), first_BRl, q_BKRH, k_MKPH, v_MKPU)
+    )(used_B, pages_BJ[:, None], positions_BJP.reshape(B, chunks, 1, C * P), first_BRl, q_BKRH, *pools)
 
     def positions_first(x_BKR: Array) -> Array:
         x_BKTG = x_BKR[:, :, : T * G].reshape(B, K, T, G, *x_BKR.shape[3:])
@@ -124,9 +129,12 @@ def chunk_pages(K: int, P: int, width: int, itemsize: int, J: int) -> int:
     return max(1, min(CHUNK_BYTES // page_bytes, SLOTS // P, J))
 
 
-def _kernel(used_ref, pages_ref, positions_ref, first_ref, q_ref, k_hbm, v_hbm, out_ref, log_ref, k_ref, v_ref,
-            semaphores, sums_ref, *, C: int, scale: float) -> None:  # fmt: skip
-    K, P = k_hbm.shape[1:3]
+def _kernel(used_ref, pages_ref, positions_ref, first_ref, q_ref, *refs, C: int, scale: float) -> None:
+    *rest, semaphores, sums_ref = refs
+    num_pools = (len(rest) - 2) // 2  # keys and values, or keys that begin with the values
+    pools, (out_ref, log_ref), buffers = rest[:num_pools], rest[num_pools : num_pools + 2], rest[num_pools + 2 :]
+    k_ref, v_ref = buffers[0], buffers[-1]
+    (K, P), U = pools[0].shape[1:3], out_ref.shape[-1]
     num = used_ref[pl.program_id(0)]
 
     def for_pages(c: Any, do: Any) -> None:
@@ -139,10 +147,9 @@ def _kernel(used_ref, pages_ref, positions_ref, first_ref, q_ref, k_hbm, v_hbm, 
         jax.lax.fori_loop(0, C, one, None)
 
     def copies(page: Any, half: Any, slots: Any) -> list[Any]:
-        pairs = ((k_hbm, k_ref), (v_hbm, v_ref))
         return [
-            pltpu.make_async_copy(source.at[page], buffer.at[half, :, slots], semaphores.at[half, i])
-            for i, (source, buffer) in enumerate(pairs)
+            pltpu.make_async_copy(pool.at[page], buffer.at[half, :, slots], semaphores.at[half, i])
+            for i, (pool, buffer) in enumerate(zip(pools, buffers, strict=True))
         ]
 
     def fetch(page: Any, half: Any, slots: Any) -> None:
@@ -181,7 +188,7 @@ def _kernel(used_ref, pages_ref, positions_ref, first_ref, q_ref, k_hbm, v_hbm, 
             shrink = jnp.exp2(sums_ref[0, k] - top)
             sums_ref[0, k] = top
             sums_ref[1, k] = sums_ref[1, k] * shrink + jnp.sum(p, axis=1, keepdims=True)
-            out_ref[0, k] = out_ref[0, k] * shrink[:, :1] + _product(p.astype(v_ref.dtype), v_ref[half, k], 0)
+            out_ref[0, k] = out_ref[0, k] * shrink[:, :1] + _product(p.astype(v_ref.dtype), v_ref[half, k, :, :U], 0)
 
         jax.lax.fori_loop(0, K, head, None)
 

@@ -1,0 +1,115 @@
+"""Attention over whole rows: each device attends for its own rows and heads, over the keys of the whole row."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsjax.nn.masks import AttentionMask, ByHead, Documents
+from dsjax.sharding import current_mesh, map_shards
+from pallas_kernels.causal_attention import causal_attention
+from pallas_kernels.segmented_attention import Segments, context_parallel_attention, segmented_attention
+
+
+def row_attention(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKU: Float[Array, "B T K U"],
+    documents: Documents,
+    mask: AttentionMask,
+    *,
+    scale: float | None = None,
+    heads: tuple[str, str | None] = ("kv_heads", "heads_per_kv"),
+) -> Float[Array, "B T K G U"]:
+    """softmax(scale q k) v over what each query sees of its row.
+
+    With segments, rows stay cut by positions as well: of other devices' keys only the tails come.
+
+    Args:
+        q_BTKGH: queries, by the key/value head that they share.
+        k_BTKH, v_BTKU: keys and values.
+        documents: which document each position belongs to.
+        mask: what a query sees.
+        scale: of the scores; None: 1 / sqrt(H).
+        heads: the logical axes of the dimensions K and G.
+    """
+    axes = whole_segments(mask, q_BTKGH.shape[1])
+
+    def attend(mask, q_bTkGH, k_bTkH, v_bTkU, ids_bT):
+        b, T, k, G, H = q_bTkGH.shape
+        q_bTnH = q_bTkGH.reshape(b, T, k * G, H)
+        if not isinstance(mask, Segments):
+            out_bTnU = causal_attention(q_bTnH, k_bTkH, v_bTkU, ids_bT, mask.window, scale=scale)
+        elif axes:
+            out_bTnU = context_parallel_attention(
+                q_bTnH, k_bTkH, v_bTkU, axis=axes, segments=mask, documents=ids_bT, scale=scale
+            )
+        else:
+            out_bTnU = segmented_attention(
+                q_bTnH,
+                k_bTkH,
+                v_bTkU,
+                segment_size=mask.size,
+                window=mask.window,
+                shift=mask.shift,
+                top_segments=mask.top,
+                documents=ids_bT,
+                scale=scale,
+            )
+        return out_bTnU.reshape(b, T, k, G, -1)
+
+    run = heads_apart(attend, mask, heads[0]) if isinstance(mask, ByHead) else functools.partial(attend, mask)
+    length = "length" if axes else None
+    q, kv = ("batch", length, *heads, None), ("batch", length, heads[0], None)
+    return map_shards(run, (q, kv, kv, ("batch", length)), q)(q_BTKGH, k_BTKH, v_BTKU, documents.ids_BT)
+
+
+def heads_apart(attend: Callable[..., jax.Array], mask: ByHead, axis: str = "kv_heads") -> Callable[..., jax.Array]:
+    """``attend(mask, q, k, v, ids)`` inside a :func:`map_shards`, of heads that see different things.
+
+    Heads that see the same go together. Devices that share heads out, over the logical ``axis``, have what stands at
+    the places of their own.
+    """
+
+    def own(first: int, q_bTkGH: jax.Array, k_bTkH: jax.Array, v_bTkU: jax.Array, ids_bT: jax.Array) -> jax.Array:
+        k, num = k_bTkH.shape[2], len(mask.parts)
+        turn = num if k % num == 0 else k
+        masks = [mask.parts[(first + i) % len(mask.parts)] for i in range(turn)]
+        parts = [[x_bTkH[:, :, i::turn] for x_bTkH in (q_bTkGH, k_bTkH, v_bTkU)] for i in range(turn)]
+        out = [attend(mask, *part, ids_bT) for mask, part in zip(masks, parts, strict=True)]
+        return jnp.stack(out, axis=3).reshape(*q_bTkGH.shape[:-1], -1)
+
+    def run(q_bTkGH: jax.Array, k_bTkH: jax.Array, v_bTkU: jax.Array, ids_bT: jax.Array) -> jax.Array:
+        k, num = k_bTkH.shape[2], len(mask.parts)
+        if k % num == 0:
+            return own(0, q_bTkGH, k_bTkH, v_bTkU, ids_bT)
+        current = current_mesh()
+        over = () if current is None else getattr(current[1], axis)
+        devices = 1 if current is None else math.prod(current[0].shape[a] for a in over)
+        firsts = sorted({device * k % num for device in range(devices)})
+        runs = [functools.partial(own, first) for first in firsts]
+        place = jax.lax.axis_index(over) % len(firsts) if over else 0
+        return jax.lax.switch(place, runs, q_bTkGH, k_bTkH, v_bTkU, ids_bT)
+
+    return run
+
+
+def segments_of(mask: AttentionMask) -> Segments | None:
+    """What is cut the same way in all heads; None: there are no segments."""
+    mask = mask.parts[0] if isinstance(mask, ByHead) else mask
+    return mask if isinstance(mask, Segments) else None
+
+
+def whole_segments(mask: AttentionMask, length: int) -> tuple[str, ...]:
+    """The mesh axes over which rows of ``length`` positions are cut into whole segments; none: they are not."""
+    current, segments = current_mesh(), segments_of(mask)
+    if current is None or segments is None:
+        return ()
+    mesh, rules = current
+    parts = math.prod(mesh.shape[axis] for axis in rules.length)
+    return tuple(rules.length) if parts > 1 and length % (parts * segments.size) == 0 else ()
