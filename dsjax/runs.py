@@ -154,7 +154,7 @@ def load_model(run: RunFolder) -> LoadedModel:
     """
     config = run.read_config()
     checkpoints = run.open_checkpoints()
-    tokenizer = load_tokenizer(run.tokenizer)
+    tokenizer = load_tokenizer(run.tokenizer, end_token=config.data.end_token)
     arrays, _, step = checkpoints.load_numpy()
     if checkpoints.about(step).get("tokenizer_sha256") != hashlib.sha256(run.tokenizer.read_bytes()).hexdigest():
         raise UserError(f"{run.tokenizer} is not the tokenizer that checkpoint {step} of {run.path} was trained with")

@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face's layout and ours, one into the other."""

@@ -1,0 +1,131 @@
+"""The checkpoint of a run, seen as tensors in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dsjax import manifest
+from dsjax.config import UserError, read_json
+from dsjax.convert.families import hf_config
+from dsjax.convert.fp8 import BF16, FP8, SCALE, block_size, dequantize, quantize, scales_for
+from dsjax.convert.names import copies_of, places, variables_of
+from dsjax.convert.origin import CONFIG, FOLDER, Origin
+from dsjax.convert.store import StoredArrays
+from dsjax.data.tokenizer import load_tokenizer
+from dsjax.manifest import Damaged
+from dsjax.runs import RunFolder
+
+
+class RunTensors:
+    """The tensors that the checkpoint of a run has in Hugging Face's layout, each read when asked for.
+
+    Args:
+        run: the run.
+
+    Raises:
+        UserError: there is no checkpoint that verifies, or it is not the model of the config.
+    """
+
+    def __init__(self, run: RunFolder):
+        self.run, self.config = run, run.read_config()
+        self.step, self.about = self._latest()
+        self.origin = Origin(run.path / FOLDER) if (run.path / FOLDER).is_dir() else None
+        if self.origin is None:
+            self.hf_config = self._new_config()
+        else:
+            self.hf_config = read_json(self.origin.files()[CONFIG])
+        variables = variables_of(self.config.model)
+        for name, variable in variables.items():
+            if (found := self.about["arrays"].get(name, {}).get("shape")) != list(variable.shape):
+                raise UserError(f"checkpoint {self.step} of {run.path}: {name} is {found}, not {list(variable.shape)}")
+        self.places = places(self.config.model, self.hf_config, variables)
+        for copy, of in copies_of(self.config.model).items():
+            if self.origin is not None and self.origin.has(copy):
+                self.places[copy] = self.places[of]
+        self._arrays = StoredArrays(run.checkpoints / str(self.step), self.about["files"], variables)
+        self._kept = {n: files for files in (self.origin.kept.values() if self.origin else ()) for n in files}
+        self._block = block_size(self.hf_config)
+
+    def _latest(self) -> tuple[int, dict[str, Any]]:
+        """The step to take, and the body of its manifest: the last one that verifies.
+
+        What a conversion wrote is verified when it is read, file by file, and not read twice.
+        """
+        run = self.run
+        with contextlib.closing(run.open_checkpoints()) as checkpoints:
+            step = max(checkpoints.steps(), default=None)
+            if step is not None:
+                with contextlib.suppress(Damaged):
+                    if "converted" in (about := manifest.read(run.checkpoints / str(step))):
+                        return step, about
+                step = checkpoints.latest()
+            if step is None:
+                raise UserError(f"no checkpoint in {run.checkpoints} verifies")
+            return step, checkpoints.about(step)
+
+    def _new_config(self) -> dict[str, Any]:
+        """config.json of a model that has no origin."""
+        path, data = self.run.tokenizer, self.config.data
+        end_ids = (load_tokenizer(path, end_token=data.end_token).end_id,) if path.is_file() else ()
+        dtype = self.about["arrays"]["params/embedding"]["dtype"]
+        return hf_config(self.config.model, max_length=data.seq_len, end_ids=end_ids, dtype=dtype)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the numbers are others than those of the origin."""
+        return "converted" not in self.about
+
+    @property
+    def kept_fp8(self) -> bool:
+        """Whether the scales of 8-bit weights are there."""
+        return self.origin is not None and bool(self.origin.about["kept_fp8"])
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.places
+        yield from (name for name in self._kept if not (name.endswith(SCALE) and name.removesuffix(SCALE) in self))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places or name in self._kept
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type of a tensor of the model, as the checkpoint has it."""
+        return np.result_type(*(self._arrays.dtype(path) for path in self.places[name].variables))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A tensor of the model as the checkpoint has it; any other as it was."""
+        if name not in self.places:
+            return self._kept[name][name]
+        place = self.places[name]
+        with self._told():
+            return place.join([self._arrays.part(path, place.index) for path in place.variables])
+
+    def fp8(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """8-bit values and scales of a weight: the origin's if they still stand for it, else new ones."""
+        x, scale = self[name].astype(BF16, copy=False), self._kept[name + SCALE][name + SCALE]
+        values = quantize(x, scale, self._block)
+        if self.trained and dequantize(values, scale, self._block).tobytes() != x.tobytes():
+            scale = scales_for(x, self._block)
+            values = quantize(x, scale, self._block)
+        return values, scale
+
+    def plain(self, name: str) -> np.ndarray:
+        """As ``self[name]``; an 8-bit tensor that is not the model's in bfloat16."""
+        x = self[name]
+        return x if x.dtype != FP8 else dequantize(x, self[name + SCALE], self._block)
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """Every variable of the model, by its path, whole."""
+        with self._told():
+            return {path: self._arrays.whole(path) for place in self.places.values() for path in place.variables}
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """A damaged file as one sentence."""
+        try:
+            yield
+        except Damaged as error:
+            raise UserError(f"checkpoint {self.step} in {self.run.checkpoints} is damaged: {error}") from None
