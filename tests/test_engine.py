@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from models import ATTENTION, V, graph, logits, random_tokens, weights
 
 from dsjax.config import UserError
-from dsjax.infer.batching import Engine, Request
+from dsjax.infer.batching import Engine
 from dsjax.infer.pages import Layout, Pool, Tables
+from dsjax.infer.requests import Request
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.models.decoder import DecoderConfig, LayerGroup
 from dsjax.nn.cache import held_positions, slots_of
@@ -48,8 +49,13 @@ def params(name: str) -> Any:
 
 
 def engine(name: str, **options: Any) -> Engine:
-    chosen = {"end_id": END, "max_length": 48, "batch_size": 3, "page_size": 4, "chunk": 8, "steps": 3} | options
+    chosen = {"end_ids": [END], "max_length": 48, "batch_size": 3, "page_size": 4, "chunk": 8, "steps": 3} | options
     return Engine(graph(MODELS[name]), params(name), **chosen)
+
+
+def run(made: Engine) -> dict[int, list[int]]:
+    """The tokens of each request."""
+    return {number: samples[0].tokens for number, samples in made.run().items()}
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -171,7 +177,7 @@ def test_a_crowd_gets_what_each_would_get_alone(name: str) -> None:
     lengths = (1, 7, 8, 19, 30)
     made = engine(name)
     numbers = {made.submit(Request(prompt(n, n), 7, GREEDY)): n for n in lengths}
-    got = made.run()
+    got = run(made)
     for number, n in numbers.items():
         assert got[number] == alone(name, tuple(prompt(n, n)), 7), n
     assert all(running is None for running in made.rows)
@@ -181,12 +187,12 @@ def test_samples_are_those_of_the_seed_in_any_company() -> None:
     sampling = SamplingConfig(1.3, 12, 0.9)
     one = engine("full")
     number = one.submit(Request(prompt(9), 12, sampling, seed=5))
-    want = one.run()[number]
+    want = run(one)[number]
     crowd = engine("full")
     others = [crowd.submit(Request(prompt(5, s), 6, SamplingConfig(0.7), seed=s)) for s in range(4)]
     number = crowd.submit(Request(prompt(9), 12, sampling, seed=5))
     again = crowd.submit(Request(prompt(9), 12, sampling, seed=6))
-    got = crowd.run()
+    got = run(crowd)
     assert got[number] == want != got[again]
     assert set(got) == {*others, number, again}
 
@@ -200,12 +206,12 @@ def test_a_prefix_is_computed_once(name: str) -> None:
         tokens = first[:17] + tail
         before = made.counts.prefilled
         number = made.submit(Request(tokens, 6, GREEDY))
-        assert made.run()[number] == alone(name, tuple(tokens), 6)
+        assert run(made)[number] == alone(name, tuple(tokens), 6)
         assert made.counts.prefilled - before == len(tokens) - 16  # two chunks of 8 are there
     other = [first[0] % 5 + 1, *first[1:]]
     number = made.submit(Request(other, 3, GREEDY))
     before = made.counts.reused
-    assert made.run()[number] == alone(name, tuple(other), 3)
+    assert run(made)[number] == alone(name, tuple(other), 3)
     assert made.counts.reused == before  # one other token in front: nothing is the same
 
 
@@ -214,7 +220,7 @@ def test_requests_that_do_not_fit_together_wait_or_begin_again(name: str) -> Non
     """Room for little more than one of them at full length: others are preempted, and get the same tokens."""
     made = engine(name, num_positions=64)
     numbers = {made.submit(Request(prompt(12, s), 30, GREEDY)): s for s in range(4)}
-    got = made.run()
+    got = run(made)
     assert made.counts.preempted > 0
     for number, s in numbers.items():
         assert got[number] == alone(name, tuple(prompt(12, s)), 30)
@@ -254,8 +260,8 @@ def test_only_the_given_first_tokens_come_first() -> None:
     made, only = engine("full"), np.zeros(V, bool)
     only[[7, 9]] = True
     for seed in range(6):
-        made.submit(Request(prompt(5), 2, SamplingConfig(2.0, 0, 1.0), seed, only))
-    assert {tokens[0] for tokens in made.run().values()} <= {7, 9}
+        made.submit(Request(prompt(5), 2, SamplingConfig(2.0, 0, 1.0), seed, first_tokens=only))
+    assert {tokens[0] for tokens in run(made).values()} <= {7, 9}
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2, "context": 2}, {"data": 1, "expert": 2, "tensor": 4}])
@@ -263,7 +269,7 @@ def test_only_the_given_first_tokens_come_first() -> None:
 def test_eight_devices_give_the_tokens_of_one(name: str, mesh: dict[str, int]) -> None:
     made = engine(name, batch_size=4, mesh=make_mesh(MeshConfig(**mesh)))
     numbers = {made.submit(Request(prompt(n, n), 6, GREEDY)): n for n in (3, 17, 22, 17, 9)}
-    got = made.run()
+    got = run(made)
     for number, n in numbers.items():
         assert got[number] == alone(name, tuple(prompt(n, n)), 6)
     assert made.counts.reused > 0 or made.parts[0] > 1

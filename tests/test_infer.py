@@ -330,3 +330,52 @@ def test_mesh_axes_may_take_parts_of_the_axes_of_a_torus() -> None:
     mesh = make_mesh(MeshConfig(data=1, expert=8, tensor=8), devices)
     assert (mesh.shape["expert"], mesh.shape["tensor"]) == (8, 8)
     assert len({device.id for device in mesh.devices.flat}) == 64
+
+
+def kept_by_hand(logits: np.ndarray, cfg: SamplingConfig) -> np.ndarray:
+    """Which tokens may be drawn: the k best, of those the likeliest until top_p is reached; ties stay together."""
+    scaled = logits.astype(np.float64) / cfg.temperature
+    kept = np.ones(len(scaled), bool)
+    if cfg.top_k:
+        kept &= scaled >= np.sort(scaled)[::-1][min(cfg.top_k, len(scaled)) - 1]
+    p = np.where(kept, np.exp(scaled - scaled.max()), 0)
+    p /= p.sum()
+    if cfg.top_p < 1:
+        order = np.argsort(-p, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        last = np.flatnonzero((before < cfg.top_p) | (np.arange(len(p)) == 0))[-1]
+        kept &= p >= p[order[last]]
+    return kept & (scaled >= scaled.max() + np.log(max(cfg.min_p, 1e-300)))
+
+
+@pytest.mark.parametrize("spread", [0.05, 4.0])  # nearly even: far more than the best few are kept; and peaked
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        SamplingConfig(1.0, 0, 0.9),
+        SamplingConfig(0.7, 50, 0.95),
+        SamplingConfig(1.3, 400, 0.5),
+        SamplingConfig(1.0, 700, 1.0),
+        SamplingConfig(1.0, 0, 1.0, 0.3),
+        SamplingConfig(1.0, 0, 0.0),
+        SamplingConfig(1.0, 256, 0.999),
+    ],
+)
+def test_of_a_large_vocabulary_the_same_tokens_are_kept(cfg: SamplingConfig, spread: float) -> None:
+    """Whether the least one is among the best few or all must be sorted; beside rows that are not cut at all."""
+    from dsjax.infer.sampling import RowSampling, sample_rows
+
+    logits = (np.random.default_rng(0).normal(size=1000) * spread).astype(np.float32)
+    want = kept_by_hand(logits, cfg)
+    configs = [cfg] * 3000 + [SamplingConfig(1.0, 0, 1.0), SamplingConfig(0.0)]
+    rows = jnp.broadcast_to(logits, (len(configs), 1000))
+    keys = jax.random.split(jax.random.key(1), len(configs))
+    drawn = np.asarray(sample_rows(rows, keys, jax.tree.map(jnp.asarray, RowSampling.of(configs))))
+    assert drawn[-1] == logits.argmax()
+    counted = np.bincount(drawn[:3000], minlength=1000)
+    # A token at the edge may fall on the other side of a float32 sum.
+    assert counted[~want].sum() <= 3
+    p = np.where(want, np.exp(logits / cfg.temperature - (logits / cfg.temperature).max()), 0)
+    p /= p.sum()
+    likely = np.argsort(-p)[:20]
+    np.testing.assert_allclose(counted[likely] / 3000, p[likely], atol=5 * np.sqrt(p.max() / 3000))

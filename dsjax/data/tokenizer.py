@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,9 @@ class Tokenizer:
     Attributes:
         vocab_size: the largest id plus one: number of ids, special tokens included.
         end_id: the id of the document boundary.
-        special_ids: id of each special token by its name.
+        added_ids: id of each token that was added to the model's own, by its name.
+        special_ids: those of them that are special.
+        begin_ids: what stands in front of a text that begins a document: here, the boundary.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, *, end_token: str = END):
@@ -70,18 +73,54 @@ class Tokenizer:
         inner.no_padding()
         inner.no_truncation()
         self._inner = inner
-        self.special_ids = {t.content: i for i, t in inner.get_added_tokens_decoder().items() if t.special}
+        self._added = {t.content: t for t in inner.get_added_tokens_decoder().values()}
+        self.added_ids = {t.content: i for i, t in inner.get_added_tokens_decoder().items()}
+        self.special_ids = {name: i for name, i in self.added_ids.items() if self._added[name].special}
         if end_token not in self.special_ids:
             raise UserError(
                 f"the tokenizer has no special token {end_token!r}; it has {', '.join(self.special_ids) or 'none'}"
             )
         self.end_id = self.special_ids[end_token]
+        self.begin_ids: tuple[int, ...] = (self.end_id,)
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, text: str) -> Int32[np.ndarray, " T"]:
-        """The ids of a text, without boundary tokens."""
+    def encode(self, text: str, *, added: bool = True) -> Int32[np.ndarray, " T"]:
+        """The ids of a text, without boundary tokens; without ``added``, no token that was added to the model's own."""
+        inner = self._inner if added else self._bare
         with _told_as_user_error("the tokenizer can not encode a text"):
-            return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+            return np.asarray(inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _bare(self) -> tokenizers.Tokenizer:
+        content = json.loads(self._inner.to_str()) | {"added_tokens": [], "post_processor": None}
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+    def encode_parts(self, parts: Sequence[str | int], *, never: Collection[str] = ()) -> list[int]:
+        """The ids of texts and of added tokens, given by id, that follow one another.
+
+        White space around an added token goes where its entry in the tokenizer says so. Texts that hold one of the
+        names in ``never`` do not get its token.
+        """
+        names, ids = {i: name for name, i in self.added_ids.items()}, list[int]()
+        for number, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            before, after = parts[number - 1] if number else None, (*parts, None)[number + 1]
+            text = part
+            if isinstance(before, int) and self._added[names[before]].rstrip:
+                text = text.lstrip()
+            if isinstance(after, int) and self._added[names[after]].lstrip:
+                text = text.rstrip()
+            ids += self.encode(text, added=not any(name in text for name in never)).tolist()
+        return ids
+
+    def put_in_front(self) -> tuple[int, ...]:
+        """What the tokenizer's own file puts in front of a text."""
+        with _told_as_user_error("the tokenizer can not encode a text"):
+            encoded = self._inner.encode("a", add_special_tokens=True)
+        mask = [*encoded.special_tokens_mask, 0]
+        return tuple(encoded.ids[: mask.index(0)])
 
     def encode_many(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
         """`encode` of each text, in parallel on all cores (no effect on the ids)."""
@@ -147,7 +186,7 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | pathlib.Path, *, end_token: str = END) -> Tokenizer:
-    """Loads a tokenizer.json, for example one of the DeepSeek models'.
+    """Loads a tokenizer.json; of a model's whole folder see :func:`dsjax.data.hf_tokenizer.load_hf_tokenizer`.
 
     Raises:
         UserError: the file is missing, is no tokenizer, has no special token `end_token`, or fails on a sample text.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,92 +16,41 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dsjax.config import UserError
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.infer.detokenize import Detokenizer, check_stop
 from dsjax.infer.engine import lanes_of, placed
-from dsjax.infer.pages import Layout, Prefix, Prefixes, Tables
+from dsjax.infer.pages import Layout, Prefix, Prefixes, Tables, account
 from dsjax.infer.programs import make_programs
+from dsjax.infer.requests import Completion, Counts, Event, Request, Running, collected
 from dsjax.infer.sampling import RowSampling, SamplingConfig
+from dsjax.infer.written_out import is_better, written_out
 from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
 from dsjax.nn.masks import parts_of
 from dsjax.sharding import MeshConfig, host_array_to_global, make_mesh
 from pallas_kernels.segmented_attention import Segments
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be continued.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_tokens: new tokens at the most.
-        sampling: how to choose.
-        seed: of the choices: the same tokens, alone or among others.
-        first_tokens: a mask of the V tokens that may come first (see :func:`dsjax.infer.engine.heal`).
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int = 256
-    sampling: SamplingConfig = SamplingConfig()
-    seed: int = 0
-    first_tokens: np.ndarray | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """New tokens of a request, the log-probability that the model gave each, and whether it has ended."""
-
-    request: int
-    tokens: list[int]
-    log_probs: list[float]
-    ended: bool
-
-
-@dataclasses.dataclass
-class _Running:
-    """A request in the engine: its tokens so far, and how many of them are in the cache, if it has a row."""
-
-    number: int
-    request: Request
-    tokens: list[int]
-    limit: int
-    row: int = -1
-    filled: int = 0
-    keys: list[bytes] = dataclasses.field(default_factory=list)
-
-    @property
-    def num_new(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def decodes(self) -> bool:
-        return self.filled == len(self.tokens)
-
-
-@dataclasses.dataclass
-class Counts:
-    """What an engine did: tokens computed in prefill and taken over from earlier prompts, requests preempted."""
-
-    prefilled: int = 0
-    reused: int = 0
-    preempted: int = 0
-
-
 class Engine:
     """Continues many requests at a time. ``submit`` them, then ``step`` until nothing is left, or ``stream`` one.
 
-    A step admits what fits, computes a chunk of a prompt that is not in the cache yet, and some tokens of all other
-    requests. What a request gets does not depend on what else there is. If pages run out, first prefixes of old prompts
-    go, then the request that came last: it is computed again later.
+    A step admits what fits, computes up to a chunk of prompts that are not in the cache yet, and some tokens of all
+    other requests: one, while there are prompts. What a request gets does not depend on what else there is. A request
+    that could take over what another one is about to compute waits for that. If pages run out, first prefixes of old
+    prompts go, then the request that came last: it is computed again later.
 
     Args:
         graph, params: the model; ``params`` may be numpy arrays.
-        end_id: ends a request.
+        end_ids: tokens that end a request.
         max_length: positions of a request at the most, prompt included.
-        batch_size: rows: requests that are worked on at a time.
+        batch_size: rows: continuations that are worked on at a time.
         num_positions: positions of all requests together, for which there are pages; None: all rows at full length.
-        page_size: slots of a page.
-        chunk: positions of a prompt that are computed at a time.
-        steps: tokens decoded in a step.
+        page_size: slots of a page; None: 16 on a CPU, elsewhere 64.
+        chunk: positions of prompts that are computed in a step.
+        steps: tokens decoded in a step, at the most.
         mesh: devices; None: the first one of this process.
+        tokenizer: for texts and stop strings; None: there are only tokens.
+        top_log_probs: how many of the likeliest tokens a request may ask for at each place.
+        pause: seconds without a token that decoding several at a time is not to exceed; None: any.
     """
 
     def __init__(
@@ -108,20 +58,28 @@ class Engine:
         graph: Any,
         params: Any,
         *,
-        end_id: int,
+        end_ids: Collection[int],
         max_length: int,
         batch_size: int = 8,
         num_positions: int | None = None,
-        page_size: int = PAGE_SIZE,
+        page_size: int | None = None,
         chunk: int = 256,
         steps: int = 8,
         mesh: Mesh | None = None,
+        tokenizer: Tokenizer | None = None,
+        top_log_probs: int = 0,
+        pause: float | None = None,
     ):
         mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
         there = placed(graph, params, mesh, batch_size)
-        self.end_id, self.max_length, self.steps = end_id, max_length, steps
+        self.end_ids, self.max_length, self.steps = frozenset(end_ids), max_length, steps
+        self.tokenizer, self.top_log_probs = tokenizer, min(top_log_probs, there.model.cfg.vocab_size)
         self.mesh, self.rules, self.params = there.mesh, there.rules, there.place(params)
+        if is_better(self.mesh):
+            graph, self.params = written_out(graph, self.params, self.mesh)
         self.parts = tuple(math.prod(self.mesh.shape[a] for a in axes) for axes in (self.rules.batch, self.rules.slots))
+        if page_size is None:  # a CPU reads small pages as fast, and less of them is unused
+            page_size = 16 if self.mesh.devices.flat[0].platform == "cpu" else PAGE_SIZE
         stride, groups = page_size * self.parts[1], there.model.cfg.groups
         self.chunk = -(-chunk // stride) * stride
         # With states, or pages that are written again, a prefix can be taken up only where it was left for that.
@@ -129,9 +87,10 @@ class Engine:
         self.prefixes = Prefixes(self.chunk if self._has_state else stride, self._release)
         self.programs = make_programs(graph, self.mesh, self.rules, len(groups))
         self._make_cache(there.model, there.dtype, batch_size, page_size, num_positions or batch_size * max_length)
-        self.rows: list[_Running | None] = [None] * batch_size
-        self.waiting: deque[_Running] = deque()
+        self.rows: list[Running | None] = [None] * batch_size
+        self.waiting: deque[Running] = deque()
         self.counts, self._number, self._queues = Counts(), 0, dict[int, deque[Event]]()
+        self.pause, self._seconds = pause, math.inf  # of a token
 
     def _make_cache(self, model: Any, dtype: Any, batch_size: int, page_size: int, num_positions: int) -> None:
         slots = self.max_length + max(self.chunk, self.steps)  # padding may stand behind the last position
@@ -158,39 +117,69 @@ class Engine:
         """Takes a request; its number.
 
         Raises:
-            UserError: the prompt is empty, or leaves no room for a token.
+            UserError: the prompt is empty, or leaves no room for a token; it asks for what the engine was not made for.
         """
         length = len(request.prompt)
         if length == 0:
             raise UserError("a prompt is empty; give at least one token")
         if length >= self.max_length:
             raise UserError(f"a prompt has {length} tokens; the engine holds {self.max_length} with what it generates")
+        if request.max_tokens < 1 or request.num_samples < 1:
+            raise UserError("max_tokens and num_samples of a request must be at least 1")
+        if request.top_log_probs > self.top_log_probs:
+            raise UserError(f"top_log_probs is {request.top_log_probs}; the engine was made for {self.top_log_probs}")
+        if request.stop and self.tokenizer is None:
+            raise UserError("a request has stop strings; they need an engine that has a tokenizer")
+        check_stop(request.stop)
         limit = min(length + request.max_tokens, self.max_length)
+        end_ids = self.end_ids if request.end_ids is None else frozenset(request.end_ids)
         self._number += 1
-        self.waiting.append(_Running(self._number, request, list(request.prompt), limit))
+        for sample in range(request.num_samples):
+            text = None
+            if self.tokenizer is not None:
+                text = Detokenizer(self.tokenizer, request.stop, before=request.prompt, healed=request.healed)
+            tokens = list(request.prompt)
+            self.waiting.append(Running(self._number, sample, request, tokens, limit, end_ids, text))
         return self._number
 
+    def cancel(self, number: int) -> list[Event]:
+        """Ends what is left of a request; its last events. One that has ended, or never was, has none."""
+        events = []
+        for running in [*self.waiting, *self.running()]:
+            if running.number == number:
+                if running.row >= 0:
+                    self._vacate(running.row)
+                else:
+                    self.waiting.remove(running)
+                events.append(running.cancelled())
+        self._queue(events)
+        return events
+
     def stream(self, request: Request) -> Iterator[Event]:
-        """Submits a request, and yields what comes of it; other requests go on beside it."""
-        number = self.submit(request)
+        """Submits a request, and yields what comes of it; other requests go on beside it.
+
+        Who stops reading cancels it.
+        """
+        number, left = self.submit(request), request.num_samples
         queue = self._queues[number] = deque[Event]()
         try:
-            while True:
+            while left:
                 while queue:
-                    yield (event := queue.popleft())
-                    if event.ended:
-                        return
-                self.step()
+                    event = queue.popleft()
+                    left -= event.ended
+                    yield event
+                if left:
+                    self.step()
         finally:
+            self.cancel(number)
             del self._queues[number]
 
-    def run(self) -> dict[int, list[int]]:
-        """Steps until nothing is left; the new tokens of each request that ended."""
-        tokens: dict[int, list[int]] = {}
+    def run(self) -> dict[int, list[Completion]]:
+        """Steps until nothing is left; what came of each request from now on, a continuation for each sample."""
+        events: list[Event] = []
         while self.busy:
-            for event in self.step():
-                tokens.setdefault(event.request, []).extend(event.tokens)
-        return tokens
+            events += self.step()
+        return collected(events)
 
     @property
     def busy(self) -> bool:
@@ -202,10 +191,31 @@ class Engine:
         self._admit()
         self._prefill()
         events = self._decode()
+        self._queue(events)
+        if not self.busy:
+            pages = account(self.tables, self.prefixes)
+            assert pages.held == 0, f"a page is lost: {pages}"
+        return events
+
+    def _queue(self, events: Iterable[Event]) -> None:
         for event in events:
             if (queue := self._queues.get(event.request)) is not None:
                 queue.append(event)
-        return events
+
+    def warm_up(self) -> None:
+        """Compiles all that the engine can need, so that no request waits for it. Nothing may be running."""
+        assert not self.busy
+        for width in self._widths():
+            for rows in sorted({1, self._rows_beside(width)}):
+                self._extend({}, width, rows)
+        self._run_decode([], 0)
+        state = self.programs.state(self.cache, 0)
+        for taken in (None, state):
+            tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
+            self.cache = self.programs.place(self.cache, 0, tokens_S, taken)
+        allowed_V, logits_V = np.ones(self.logits_BV.shape[1], bool), self.programs.logits(self.logits_BV, 0)
+        self.logits_BV = self.programs.set_logits(self.logits_BV, 0, logits_V, allowed_V)
+        self._copy(0, [])
 
     # ------------------------------------------------------------ pages
 
@@ -224,46 +234,88 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives rows to the requests that came first, while there are rows and pages."""
-        while self.waiting and None in self.rows:
-            running = self.waiting[0]
+        for running in list(self.waiting):
             rows = {self._part(row): row for row in reversed(range(len(self.rows))) if self.rows[row] is None}
-            # One token at least is computed: somebody must say what comes next.
-            keys = {part: self.prefixes.keys(part, running.tokens[:-1]) for part in rows}
-            part = max(rows, key=lambda part: len(self.prefixes.find(keys[part])))
-            row, chain = rows[part], self.prefixes.find(keys[part])
-            for group, logical, page in (shared for prefix in chain for shared in prefix.shared):
-                self.tables.pool(group, row, logical).share(page)
-                self.tables.put(group, row, logical, page)
-            start, copied = (chain[-1].length, chain[-1].copied) if chain else (0, [])
-            for group, logical, page in copied:  # the prefix itself may have to go
-                self.tables.pool(group, row, logical).share(page)
-            fits = self._grow(row, start, len(running.tokens) + 1)
-            if fits:
-                self._copy(part, [(g, n, page, self.tables.page(g, row, n)) for g, n, page in copied])
-            for group, logical, page in copied:
-                self.tables.pool(group, row, logical).release(page)
-            if not fits:
-                self.tables.clear(row)
-                if chain and not any(self.rows):
-                    continue  # without it there is more room
-                if not any(self.rows):
+            if not rows:
+                return
+            keys = {part: self._keys(part, running) for part in rows}
+            chains = {part: self._known(keys[part], running) for part in rows}
+            parts = [part for part in rows if not self._is_coming(part, keys[part][len(chains[part]) :][:1])]
+            if not parts:
+                continue  # what comes behind it need not wait
+            crowd = [sum(self._part(r.row) == part for r in self.running()) for part in range(self.parts[0])]
+            part = max(parts, key=lambda part: (len(chains[part]), -crowd[part]))
+            running.keys = keys[part]
+            if not self._seat(running, part, rows[part], chains[part]):
+                if not any(self.rows) and not (chains[part] and self._seat(running, part, rows[part], [])):
                     raise self._too_long(running)
                 return
-            self.waiting.popleft()
-            self.rows[row], running.row, running.filled = running, row, start
-            running.keys = self.prefixes.keys(part, running.tokens)
-            self.counts.reused += start
-            tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
-            tokens_S[:start] = running.tokens[:start]
-            self.cache = self.programs.place(self.cache, row, tokens_S, chain[-1].state if chain else None)
 
-    def _too_long(self, r: _Running) -> UserError:
+    def _keys(self, part: int, running: Running) -> list[bytes]:
+        """Of the prefixes that a request could take up; the last one may be all of its prompt."""
+        if part not in running.keys_of_part:
+            whole = running.request.num_samples > 1 and running.num_new == 0
+            running.keys_of_part[part] = self.prefixes.keys(part, running.tokens, whole=whole)
+        return running.keys_of_part[part]
+
+    def _known(self, keys: list[bytes], running: Running) -> list[Prefix]:
+        """What there is of it. Somebody must say what comes next: a token is computed, or that was kept, too."""
+        chain = self.prefixes.find(keys)
+        while chain and chain[-1].length == len(running.tokens) and chain[-1].logits_V is None:
+            chain.pop()
+        return chain
+
+    def _is_coming(self, part: int, next_key: list[bytes]) -> bool:
+        """Whether somebody is about to compute it."""
+        for r in self.running():
+            if self._part(r.row) == part and not r.decodes and next_key and next_key[0] in r.keys:
+                end = min((r.keys.index(next_key[0]) + 1) * self.prefixes.stride, len(r.tokens))
+                if end > r.filled:
+                    return True
+        return False
+
+    def _seat(self, running: Running, part: int, row: int, chain: list[Prefix]) -> bool:
+        """Gives a waiting request a row, with what is known of its prompt; False: there are not the pages for it."""
+        for group, logical, page in (shared for prefix in chain for shared in prefix.shared):
+            self.tables.pool(group, row, logical).share(page)
+            self.tables.put(group, row, logical, page)
+        last = chain[-1] if chain else Prefix(0, [], [])
+        for group, logical, page in last.copied:  # the prefix itself may have to go
+            self.tables.pool(group, row, logical).share(page)
+        fits = self._grow(row, last.length, min(len(running.tokens) + 1, running.limit))
+        if fits and last.copied:
+            self._copy(part, [(g, n, page, self.tables.page(g, row, n)) for g, n, page in last.copied])
+        for group, logical, page in last.copied:
+            self.tables.pool(group, row, logical).release(page)
+        if not fits:
+            self.tables.clear(row)
+            return False
+        self.waiting.remove(running)
+        self.rows[row], running.row, running.filled = running, row, last.length
+        self.counts.reused += last.length
+        tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
+        tokens_S[: last.length] = running.tokens[: last.length]
+        self.cache = self.programs.place(self.cache, row, tokens_S, last.state)
+        if running.decodes:
+            self._set_logits(running, last.logits_V)
+        return True
+
+    def _set_logits(self, running: Running, logits_V: Any = None) -> None:
+        """What may come first: by what was kept of the prompt, or as computed; and by what the request allows."""
+        allowed_V = np.ones(self.logits_BV.shape[1], bool)
+        if running.request.first_tokens is not None:
+            allowed_V[:] = False
+            allowed_V[: len(running.request.first_tokens)] = running.request.first_tokens
+        elif logits_V is None:
+            return
+        logits_V = self.programs.logits(self.logits_BV, running.row) if logits_V is None else logits_V
+        self.logits_BV = self.programs.set_logits(self.logits_BV, running.row, logits_V, allowed_V)
+
+    def _too_long(self, r: Running) -> UserError:
         return UserError(f"a request has {len(r.tokens)} tokens, more than there are pages for; raise num_positions")
 
     def _copy(self, part: int, pages: list[tuple[int, int, int, int]]) -> None:
         """Copies (group, logical page, from, to) in the pools of one batch part."""
-        if not pages:
-            return
         sources, targets = [], []
         for group, layout in enumerate(self.tables.layouts):
             of_group = [page for page in pages if page[0] == group]
@@ -303,96 +355,132 @@ class Engine:
             self.lengths_B[running.row] = running.filled
         return Cache(groups, put(self.lengths_B.copy(), spec=rules.spec("batch")), self.cache.tokens_BS)
 
-    def running(self) -> list[_Running]:
+    def running(self) -> list[Running]:
         """What has a row, the oldest first."""
-        return sorted((r for r in self.rows if r is not None), key=lambda r: r.number)
+        return sorted((r for r in self.rows if r is not None), key=lambda r: r.order)
 
     # ------------------------------------------------------------ computing
 
+    def _widths(self) -> list[int]:
+        """Of a block of prompts: few shapes, few compilations."""
+        widths = [16]
+        while widths[-1] < self.chunk:
+            widths.append(2 * widths[-1])
+        return [min(width, self.chunk) for width in widths]
+
+    def _rows_beside(self, width: int) -> int:
+        """How many prompts of a batch part are computed at a time, if there are several."""
+        return max(1, min(self.chunk // width, self.tables.rows_of_part))
+
     def _prefill(self) -> None:
-        """A chunk of the oldest prompt on each batch part that is not in the cache yet."""
-        first = {self._part(r.row): r for r in reversed(self.running()) if not r.decodes}
-        if not first:
-            return
-        counts = {part: min(self.chunk, len(r.tokens) - r.filled) for part, r in first.items()}
-        width = min(self.chunk, max(16, 1 << (max(counts.values()) - 1).bit_length()))  # few shapes, few compilations
-        tokens_RT, ids_RT = (np.zeros((self.parts[0], width), np.int32) for _ in range(2))
-        rows_R = np.arange(self.parts[0], dtype=np.int32) * self.tables.rows_of_part  # where nothing is to be done: any
-        for part, r in first.items():
-            rows_R[part] = r.row
-            tokens_RT[part, : counts[part]] = r.tokens[r.filled : r.filled + counts[part]]
-            ids_RT[part, : counts[part]] = 1
+        """Up to a chunk of the prompts on each batch part that are not in the cache yet, the oldest first."""
+        room = self.chunk
+        while room > 0 and (todo := [r for r in self.running() if not r.decodes]):
+            counts = {r.row: min(self.chunk, len(r.tokens) - r.filled) for r in todo}
+            by_part = [[r for r in todo if self._part(r.row) == part] for part in range(self.parts[0])]
+            longest = max(counts[rs[0].row] for rs in by_part if rs)
+            width = next(width for width in self._widths() if width >= longest)
+            beside = self._rows_beside(width)
+            chosen = [[r for r in rs if counts[r.row] <= width][:beside] for rs in by_part]
+            rows = beside if max(map(len, chosen)) > 1 else 1
+            parts = {r.row: r for rs in chosen for r in rs[:rows]}
+            self._extend({row: (r.tokens[r.filled : r.filled + counts[row]]) for row, r in parts.items()}, width, rows)
+            for row, r in parts.items():
+                self.counts.prefilled += counts[row]
+                r.filled += counts[row]
+                self._remember(r, r.filled - counts[row])
+                if r.decodes and r.num_new == 0:
+                    self._set_logits(r)
+            room -= rows * width
+
+    def _extend(self, tokens: dict[int, list[int]], width: int, rows: int) -> None:
+        """Computes tokens of some rows, by row, behind what the cache holds of them: ``rows`` of each batch part."""
+        own = self.tables.rows_of_part
+        tokens_RT, ids_RT = (np.zeros((self.parts[0] * rows, width), np.int32) for _ in range(2))
+        rows_R = np.zeros(self.parts[0] * rows, np.int32)
+        for part in range(self.parts[0]):
+            # Where nothing is to be done, any rows, but no row twice.
+            some = sorted(range(part * own, (part + 1) * own), key=lambda row: row not in tokens)[:rows]
+            rows_R[part * rows : (part + 1) * rows] = some
+            for i, row in enumerate(some):
+                new = tokens.get(row, [])
+                tokens_RT[part * rows + i, : len(new)] = new
+                ids_RT[part * rows + i, : len(new)] = 1
         put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch"))
         self.logits_BV, self.cache = self.programs.extend(
             self.params, *map(put, (tokens_RT, ids_RT, rows_R)), self.logits_BV, self._current()
         )
-        for part, r in first.items():
-            self.counts.prefilled += counts[part]
-            r.filled += counts[part]
-            self._remember(part, r, r.filled - counts[part])
-            if r.decodes and r.num_new == 0 and r.request.first_tokens is not None:
-                allowed_V = np.zeros(self.logits_BV.shape[1], bool)
-                allowed_V[: len(r.request.first_tokens)] = r.request.first_tokens
-                self.logits_BV = self.programs.restrict(self.logits_BV, r.row, allowed_V)
 
-    def _remember(self, part: int, r: _Running, start: int) -> None:
+    def _remember(self, r: Running, start: int) -> None:
         """Keeps the prefixes that the positions from ``start`` on completed, if there is room."""
-        stride = self.prefixes.stride
+        stride, strides = self.prefixes.stride, len(r.tokens) // self.prefixes.stride
         for end in range((start // stride + 1) * stride, r.filled + 1, stride):
-            keys = r.keys[: end // stride]
-            if keys[-1] in self.prefixes or (self._has_state and end != r.filled):
-                continue
-            if len(keys) > 1 and keys[-2] not in self.prefixes:
+            if not self._has_state or end == r.filled:
+                self._keep(r, r.keys[: end // stride], end - stride, end)
+        if r.decodes and len(r.keys) > strides:
+            self._keep(r, r.keys, strides * stride, r.filled, self.programs.logits(self.logits_BV, r.row))
+
+    def _keep(self, r: Running, keys: list[bytes], start: int, end: int, logits_V: Any = None) -> None:
+        """Keeps the prefix of the last key, which adds the positions from ``start`` on, if there is room."""
+        if keys[-1] in self.prefixes or (len(keys) > 1 and keys[-2] not in self.prefixes):
+            return
+        shared, open_pages = list[tuple[int, int]](), list[tuple[int, int]]()
+        for group, layout in enumerate(self.tables.layouts):
+            closed, before = layout.closed(end), layout.closed(start)
+            shared += [(group, n) for n in closed if n not in before]
+            open_pages += [(group, n) for n in layout.needed(end, end) if n not in closed]
+        taken: list[tuple[int, int, int, int]] = []
+        for group, n in open_pages:
+            pool = self.tables.pool(group, r.row, n)
+            if not pool.num_free:
+                for g, logical, _, page in taken:
+                    self.tables.pool(g, r.row, logical).release(page)
                 return
-            shared, open_pages = list[tuple[int, int]](), list[tuple[int, int]]()
-            for group, layout in enumerate(self.tables.layouts):
-                closed, before = layout.closed(end), layout.closed(end - stride)
-                shared += [(group, n) for n in closed if n not in before]
-                open_pages += [(group, n) for n in layout.needed(end, end) if n not in closed]
-            taken: list[tuple[int, int, int, int]] = []
-            for group, n in open_pages:
-                pool = self.tables.pool(group, r.row, n)
-                if not pool.num_free:
-                    for g, logical, _, page in taken:
-                        self.tables.pool(g, r.row, logical).release(page)
-                    return
-                taken.append((group, n, self.tables.page(group, r.row, n), pool.take()))
+            taken.append((group, n, self.tables.page(group, r.row, n), pool.take()))
+        part = self._part(r.row)
+        if taken:
             self._copy(part, taken)
-            for group, n in shared:
-                self.tables.pool(group, r.row, n).share(self.tables.page(group, r.row, n))
-            kept = [(group, n, self.tables.page(group, r.row, n)) for group, n in shared]
-            state = self.programs.state(self.cache, r.row) if self._has_state else None
-            self.prefixes.add(part, keys, Prefix(end, kept, [(g, n, page) for g, n, _, page in taken], state))
+        for group, n in shared:
+            self.tables.pool(group, r.row, n).share(self.tables.page(group, r.row, n))
+        kept = [(group, n, self.tables.page(group, r.row, n)) for group, n in shared]
+        state = self.programs.state(self.cache, r.row) if self._has_state else None
+        self.prefixes.add(part, keys, Prefix(end, kept, [(g, n, page) for g, n, _, page in taken], state, logits_V))
 
     def _decode(self) -> list[Event]:
-        """Some tokens of all requests whose tokens so far are in the cache."""
+        """Some tokens of all requests whose tokens so far are in the cache; one, if others wait or see their first."""
         self._make_room()
         active = [r for r in self.running() if r.decodes]
         if not active:
             return []
+        soon = any(not r.decodes for r in self.running()) or any(r.num_new == 0 for r in active)
+        left = max(r.limit - len(r.tokens) for r in active)
+        at_once = self.steps if self.pause is None else int(self.pause / self._seconds)
+        events, steps = [], 1 if soon else max(1, min(at_once, self.steps, left))
+        begin = time.perf_counter()
+        tokens, log_probs, best, best_log_probs = self._run_decode(active, steps)
+        self._seconds = min(self._seconds, (time.perf_counter() - begin) / steps)  # the first may have been compiled
+        for r in active:
+            top = [list(zip(*pair, strict=True)) for pair in zip(best[r.row], best_log_probs[r.row], strict=True)]
+            events.append(event := r.add(tokens[r.row][:steps], log_probs[r.row][:steps], top[:steps]))
+            if event.ended:
+                self._vacate(r.row)
+        return events
+
+    def _run_decode(self, active: list[Running], steps: int) -> list[list[Any]]:
+        """Tokens, log-probabilities, and those of the likeliest tokens, by row."""
         B = len(self.rows)
         active_B, seeds_B, index_B = np.zeros(B, bool), np.zeros(B, np.uint32), np.zeros(B, np.int32)
         configs = [SamplingConfig(temperature=0.0)] * B
         for r in active:
-            active_B[r.row], seeds_B[r.row], index_B[r.row] = True, r.request.seed, r.num_new
+            active_B[r.row], seeds_B[r.row], index_B[r.row] = True, r.seed, r.num_new
             configs[r.row] = r.request.sampling
         put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch"))
         rows = jax.tree.map(put, (active_B, seeds_B, index_B, RowSampling.of(configs)))
-        tokens_BS, log_probs_BS, self.logits_BV, self.cache = self.programs.decode(
-            self.params, self.logits_BV, self._current(), *rows, steps=self.steps
-        )
-        tokens_BS, log_probs_BS, events = np.asarray(tokens_BS), np.asarray(log_probs_BS), []
-        for r in active:
-            new = tokens_BS[r.row, : r.limit - len(r.tokens)].tolist()
-            ended = len(r.tokens) + len(new) == r.limit
-            if self.end_id in new:
-                new, ended = new[: new.index(self.end_id)], True
-            r.tokens += new
-            r.filled = len(r.tokens)
-            events.append(Event(r.number, new, log_probs_BS[r.row, : len(new)].tolist(), ended))
-            if ended:
-                self._vacate(r.row)
-        return events
+        made, self.logits_BV, self.cache = self.programs.decode(
+            self.params, self.logits_BV, self._current(), *rows, np.int32(steps), width=self.steps,
+            num_top=self.top_log_probs,
+        )  # fmt: skip
+        return [np.asarray(x).tolist() for x in made]
 
     def _make_room(self) -> None:
         """Pages for what is decoded next, if need be from the requests that came last."""
@@ -403,6 +491,6 @@ class Engine:
                     raise self._too_long(r)
                 last = sharing[-1]
                 self._vacate(last.row)
-                last.row, last.filled = -1, 0
+                last.row, last.filled, last.keys_of_part = -1, 0, {}
                 self.waiting.appendleft(last)
                 self.counts.preempted += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -146,7 +146,7 @@ def placed(
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     model = nnx.merge(graph, abstract)
     dtype = jnp.dtype(dtype or model.compute.dtype)
-    heads = [(g.attention.num_kv_heads, g.attention.num_heads // g.attention.num_kv_heads) for g in model.cfg.groups]
+    heads = [g.attention.inference_heads for g in model.cfg.groups]
     mesh, rules = inference_layout(mesh, heads, batch_size, rules)
     axes = logical_axes(model)
     shapes = jax.tree.map(
@@ -249,6 +249,7 @@ def generate(
     max_tokens: int,
     end_id: int,
     max_length: int,
+    end_ids: Collection[int] | None = None,
     sampling: SamplingConfig = SamplingConfig(),
     seed: int = 0,
     steps: int = 16,
@@ -257,13 +258,14 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, yielding (B, n) new tokens at a time until all rows have ended.
 
-    Behind a row's end token stand only end tokens.
+    From where a row ends stands only ``end_id``.
 
     Args:
         graph, params: the model; ``params`` may be numpy arrays.
         prompts: token ids, at least one each.
         max_tokens: new tokens at the most.
-        end_id: ends a row.
+        end_id: ends a row, and fills it up.
+        end_ids: what ends a row, if not ``end_id`` alone; empty: nothing does.
         max_length: positions that the model can hold, prompt included.
         sampling: how to choose.
         seed: of the choices.
@@ -295,12 +297,13 @@ def generate(
         allowed_BV = np.pad(allowed_BV, ((0, 0), (0, logits_BV.shape[1] - allowed_BV.shape[1])))
         logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
     key, ended_B, left = jax.random.key(seed), np.zeros(len(prompts), bool), max_tokens
+    ending = [end_id] if end_ids is None else list(end_ids)
     while left > 0 and not ended_B.all():
         key, now = jax.random.split(key)
         new_BS, logits_BV, cache = generator.decode(params, logits_BV, cache, now, sampling=sampling, steps=steps)
         new_BS = np.asarray(new_BS)[:, :left].copy()
         for row, tokens in enumerate(new_BS):
-            ends = np.flatnonzero(tokens == end_id)
+            ends = np.flatnonzero(np.isin(tokens, ending))
             if ended_B[row]:
                 tokens[:] = end_id
             elif ends.size:

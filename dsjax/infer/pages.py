@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,11 @@ class Pool:
     def num_free(self) -> int:
         """Pages that nobody owns."""
         return len(self._free)
+
+    @property
+    def owners(self) -> Sequence[int]:
+        """How many each page has."""
+        return self._owners
 
     def take(self) -> int:
         """A free page, with one owner.
@@ -192,12 +197,14 @@ class Prefix:
         shared: (group, logical page, page) of pages that were closed since the prefix before it.
         copied: (group, logical page, page) of copies of pages that go on being written.
         state: whatever else belongs to a row; None: nothing does.
+        logits_V: what comes behind a whole prompt; None: it must be computed again.
     """
 
     length: int
     shared: list[tuple[int, int, int]]
     copied: list[tuple[int, int, int]]
     state: Any = None
+    logits_V: Any = None
 
 
 class Prefixes:
@@ -208,13 +215,16 @@ class Prefixes:
         self.stride, self._release = stride, release
         self._known: OrderedDict[bytes, tuple[int, Prefix]] = OrderedDict()
 
-    def keys(self, part: int, tokens: Sequence[int]) -> list[bytes]:
-        """One for each prefix of whole strides, on a batch part; it depends on all tokens before."""
+    def keys(self, part: int, tokens: Sequence[int], *, whole: bool = False) -> list[bytes]:
+        """One for each prefix of whole strides, on a batch part, and one for all of it; each depends on all before."""
         key, keys = str(part).encode(), []
         for start in range(0, len(tokens) - self.stride + 1, self.stride):
             block = np.asarray(tokens[start : start + self.stride], np.int32).tobytes()
             key = hashlib.sha256(key + block).digest()
             keys.append(key)
+        if whole:
+            rest = np.asarray(tokens[len(keys) * self.stride :], np.int32).tobytes()
+            keys.append(hashlib.sha256(key + rest + b"whole").digest())
         return keys
 
     def find(self, keys: Sequence[bytes]) -> list[Prefix]:
@@ -243,8 +253,49 @@ class Prefixes:
             self._release(part, group, logical, page)
         return True
 
+    def pages(self) -> Iterator[tuple[int, int, int, int]]:
+        """(part, group, logical page, page) of all that they own."""
+        for part, prefix in self._known.values():
+            for owned in (*prefix.shared, *prefix.copied):
+                yield part, *owned
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._known
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+# ---------------------------------------------------------------- accounts
+
+
+@dataclasses.dataclass(frozen=True)
+class PageCounts:
+    """All pages of an engine: free, owned by prefixes alone, and held by rows."""
+
+    free: int
+    evictable: int
+    held: int
+
+
+def account(tables: Tables, prefixes: Prefixes) -> PageCounts:
+    """Who has all pages; free + evictable + held is what there is.
+
+    Raises:
+        AssertionError: a page has more or fewer owners than own it: it would be lost, or given out twice.
+    """
+    held, kept = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for group, layout in enumerate(tables.layouts):
+        for row in range(len(tables.tables[group])):
+            for logical in range(layout.columns):
+                if (page := tables.page(group, row, logical)) >= 0:
+                    held[id(tables.pool(group, row, logical)), page] += 1
+    for part, group, logical, page in prefixes.pages():
+        kept[id(tables.pool(group, part * tables.rows_of_part, logical)), page] += 1
+    owners, free = held + kept, 0
+    for pool in (pool for group in tables.pools for part in group for pool in part):
+        free += pool.num_free
+        for page, number in enumerate(pool.owners):
+            found = owners.pop((id(pool), page), 0)
+            assert found == number, f"page {page} has {number} owners; {found} own it"
+    return PageCounts(free, len(kept.keys() - held.keys()), len(held))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.infer.sampling import RowSampling, sample_rows
+from dsjax.infer.written_out import in_order, is_better, stacked
 from dsjax.nn.cache import POOL, Cache, GroupCache, Pages, RowState, cache_shardings
 from dsjax.nn.masks import Documents
 from dsjax.sharding import Rules, map_shards, replicated, use_mesh
@@ -25,11 +26,13 @@ class Programs:
     Attributes:
         extend: (params, tokens_RT, ids_RT, rows_R, logits_BV, cache) -> (logits, cache): T tokens of some rows, padded
             with id 0, behind what the cache holds of them; their logits behind the last.
-        decode: (params, logits_BV, cache, active_B, seeds_B, index_B, settings, steps=) -> (tokens_BS, log_probs_BS,
-            logits, cache): tokens number ``index`` and on of the active rows.
+        decode: (params, logits_BV, cache, active_B, seeds_B, index_B, settings, steps, width=, num_top=) ->
+            ((tokens_BS, log_probs_BS, top_BSX, top_log_probs_BSX), logits, cache): ``steps`` tokens, number ``index``
+            and on, of the active rows, in arrays of ``width``, and the ``num_top`` likeliest at each place.
         place: (cache, row, tokens_S, state) -> cache: a row begins with these tokens and this state.
         state: (cache, row) -> the row's :class:`dsjax.nn.cache.RowState` of each group.
-        restrict: (logits_BV, row, allowed_V) -> logits: only some tokens may come next in a row.
+        logits: (logits_BV, row) -> logits_V.
+        set_logits: (logits_BV, row, logits_V, allowed_V) -> logits: a row's are those, and -inf where not allowed.
         copy: (cache, sources, targets) -> cache: in each group's pools, (devices, C) pages; -1: none.
     """
 
@@ -37,7 +40,8 @@ class Programs:
     decode: Any
     place: Any
     state: Any
-    restrict: Any
+    logits: Any
+    set_logits: Any
     copy: Any
 
 
@@ -50,7 +54,7 @@ def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int) -> Prog
 
     def extend(params, tokens_RT, ids_RT, rows_R, logits_BV, cache):
         with within():
-            model = nnx.merge(graph, params)
+            model = nnx.merge(graph, stacked(params))
             positions_RT = jnp.broadcast_to(jnp.arange(tokens_RT.shape[1], dtype=jnp.int32), tokens_RT.shape)
             out = model(tokens_RT, Documents(ids_RT, positions_RT), cache=some_rows(cache, rows_R))
             real_R = jnp.sum(ids_RT > 0, axis=1)
@@ -61,31 +65,27 @@ def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int) -> Prog
         return logits_BV.at[rows_R].set(new_RV), with_rows(cache, rows_R, out.cache)
 
     def decode(params, logits_BV, cache, active_B: Bool[Array, B], seeds_B: Int[Array, B], index_B: Int[Array, B],
-               settings: RowSampling, steps: int):  # fmt: skip
-        keys_B = jax.vmap(jax.random.key)(seeds_B)
+               settings: RowSampling, steps: Int[Array, ""], width: int, num_top: int):  # fmt: skip
+        keys_B, B = jax.vmap(jax.random.key)(seeds_B), len(active_B)
 
-        def one(carry: tuple[Float[Array, "B V"], Cache], number: Int[Array, ""]) -> Any:
-            logits_BV, cache = carry
+        def one(number: Int[Array, ""], carry: tuple[Any, Float[Array, "B V"], Cache]) -> Any:
+            made, logits_BV, cache = carry
             with within():
                 token_B = sample_rows(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, index_B + number), settings)
                 taken_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-                log_prob_B = taken_B - jax.nn.logsumexp(logits_BV, axis=-1)
-                model, ids_B1 = nnx.merge(graph, params), active_B[:, None].astype(jnp.int32)
+                total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+                best_BX, top_BX = jax.lax.top_k(logits_BV, num_top)
+                new = (token_B, taken_B - total_B, top_BX, best_BX - total_B[:, None])
+                made = jax.tree.map(lambda all_BS, new_B: all_BS.at[:, number].set(new_B), made, new)
+                model, ids_B1 = nnx.merge(graph, stacked(params)), active_B[:, None].astype(jnp.int32)
                 out = model(token_B[:, None], Documents(ids_B1, jnp.zeros_like(ids_B1)), cache=cache)
                 new_BV = jnp.where(active_B[:, None], model.logits(out)[:, 0], logits_BV)
-            return (new_BV, out.cache), (token_B, log_prob_B)
+            return made, new_BV, in_order(out.cache) if is_better(mesh) else out.cache
 
-        (logits_BV, cache), (tokens_SB, log_probs_SB) = jax.lax.scan(one, (logits_BV, cache), jnp.arange(steps))
-        return tokens_SB.T, log_probs_SB.T, logits_BV, cache
-
-    def place(cache, row, tokens_S, state):
-        if state is None:
-            state = jax.tree.map(jnp.zeros_like, row_state(cache, row))
-        groups = [
-            dataclasses.replace(group, state=jax.tree.map(lambda x, new: x.at[:, row].set(new), group.state, own))
-            for group, own in zip(cache.groups, state, strict=True)
-        ]
-        return dataclasses.replace(cache, groups=tuple(groups), tokens_BS=cache.tokens_BS.at[row].set(tokens_S))
+        made = tuple(
+            jnp.zeros(shape, dtype) for shape in ((B, width), (B, width, num_top)) for dtype in (jnp.int32, jnp.float32)
+        )
+        return jax.lax.fori_loop(0, steps, one, (made, logits_BV, cache))
 
     def copy(cache, sources, targets):
         def one(pool_LmkPH, source_1C, target_1C):
@@ -103,20 +103,18 @@ def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int) -> Prog
                 groups.append(dataclasses.replace(group, pages=Pages(k, v, group.pages.table_BJ)))
         return dataclasses.replace(cache, groups=tuple(groups))
 
-    def restrict(logits_BV, row, allowed_V):
-        return logits_BV.at[row].set(jnp.where(allowed_V, logits_BV[row], -jnp.inf))
-
     return Programs(
         extend=jax.jit(extend, donate_argnames=("logits_BV", "cache"), out_shardings=(logits, cache)),
         decode=jax.jit(
             decode,
             donate_argnames=("logits_BV", "cache"),
-            static_argnames="steps",
-            out_shardings=(whole, whole, logits, cache),  # every process reads the tokens
+            static_argnames=("width", "num_top"),
+            out_shardings=(whole, logits, cache),  # every process reads the tokens
         ),
         place=jax.jit(place, out_shardings=cache, donate_argnames="cache"),
         state=jax.jit(row_state),
-        restrict=jax.jit(restrict, donate_argnames="logits_BV", out_shardings=logits),
+        logits=jax.jit(lambda logits_BV, row: logits_BV[row], out_shardings=NamedSharding(mesh, rules.spec("vocab"))),
+        set_logits=jax.jit(set_logits, donate_argnames="logits_BV", out_shardings=logits),
         copy=jax.jit(copy, out_shardings=cache, donate_argnames="cache"),
     )
 
@@ -124,6 +122,24 @@ def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int) -> Prog
 def row_state(cache: Cache, row: Any) -> tuple[RowState, ...]:
     """What belongs to a row beside its pages, by group."""
     return tuple(jax.tree.map(lambda x: x[:, row], group.state) for group in cache.groups)
+
+
+def place(cache: Cache, row: Any, tokens_S: Int[Array, " S"], state: Any) -> Cache:
+    """A row begins with these tokens and this state; None: an empty one."""
+    if state is None:
+        state = jax.tree.map(jnp.zeros_like, row_state(cache, row))
+    groups = [
+        dataclasses.replace(group, state=jax.tree.map(lambda x, new: x.at[:, row].set(new), group.state, own))
+        for group, own in zip(cache.groups, state, strict=True)
+    ]
+    return dataclasses.replace(cache, groups=tuple(groups), tokens_BS=cache.tokens_BS.at[row].set(tokens_S))
+
+
+def set_logits(
+    logits_BV: Float[Array, "B V"], row: Any, logits_V: Float[Array, " V"], allowed_V: Bool[Array, " V"]
+) -> Float[Array, "B V"]:
+    """A row's are those, and -inf where not allowed."""
+    return logits_BV.at[row].set(jnp.where(allowed_V, logits_V, -jnp.inf))
 
 
 def some_rows(cache: Cache, rows_R: Int[Array, " R"]) -> Cache:

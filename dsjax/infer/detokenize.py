@@ -1,0 +1,85 @@
+"""Text from tokens as they come, no character in halves, and where it must stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsjax.config import UserError
+from dsjax.data.tokenizer import Tokenizer
+
+CUT = "\N{REPLACEMENT CHARACTER}"
+CONTEXT = 8  # tokens of a prompt that the text of the next may depend on: a first word may lack the space before it
+MOST = 64  # tokens that are no text so far: they will not become any
+
+
+class Detokenizer:
+    """Tokens in, text out as soon as it is certain.
+
+    What it gives, joined, is the text of all tokens together, up to the first stop string. A character whose bytes are
+    not all there is kept back, and so is what may turn out to be the beginning of a stop string. Where the text stops
+    does not depend on how it is cut into tokens.
+
+    Args:
+        tokenizer: of the tokens.
+        stop: the text ends in front of the one of these that is complete first.
+        before: the tokens in front, whose text is not given again.
+        healed: a token that the first one stands in for: the text of this one is not given again either (see
+            :func:`dsjax.infer.engine.heal`).
+
+    Attributes:
+        stopped: a stop string came; there is no more text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, before: Sequence[int] = (), healed: int | None = None
+    ):
+        check_stop(stop)
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        # The last tokens; where among them a character ended last; how much of their text has been dealt with.
+        self._ids, self._whole = list(before[-CONTEXT:]), 0
+        self._shown = len(self._text([*self._ids, *([] if healed is None else [healed])]).rstrip(CUT))
+        self._held, self.stopped = "", False
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def add(self, token: int) -> str:
+        """The text that one more token makes certain."""
+        self._ids.append(token)
+        text = self._text(self._ids)
+        certain = text if len(self._ids) > MOST else text.rstrip(CUT)
+        new, self._shown = certain[self._shown :], max(self._shown, len(certain))
+        if certain == text:  # what comes depends on nothing but the last characters, if at all
+            if last := self._text(self._ids[self._whole :]):
+                self._ids, self._shown = self._ids[self._whole :], len(last)
+            self._whole = len(self._ids)
+        return self._released(new)
+
+    def end(self) -> str:
+        """The rest, behind the last token: half a character is told as U+FFFD."""
+        text = self._text(self._ids)
+        new, self._shown = text[self._shown :], len(text)
+        return self._released(new, last=True)
+
+    def _released(self, new: str, last: bool = False) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        begun = (n for n in range(min(longest, len(text)), 0, -1) if self._begins_a_stop(text[-n:]))
+        size = len(text) - (0 if last else next(begun, 0))
+        self._held = text[size:]
+        return text[:size]
+
+    def _begins_a_stop(self, text: str) -> bool:
+        return any(len(stop) > len(text) and stop.startswith(text) for stop in self._stop)
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises UserError if a stop string is empty."""
+    if isinstance(stop, str) or "" in stop:
+        raise UserError(f"stop is {stop!r}; it is a list of texts that are not empty")
