@@ -80,6 +80,30 @@ def moe(
     show(figures, target)
 
 
+def generate(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    model: Annotated[Literal["all", "llama_100m", "v2_lite_100m"], arg(help="which")] = "all",
+    rounds: Annotated[int, arg(help="turns of each contender in each case")] = 5,
+    tokens: Annotated[int, arg(help="decoded behind each prompt")] = 64,
+    large: Annotated[bool, arg(help="only the time to the first token of a 1.3B model; writes 5 GB beside")] = False,
+    torch: Annotated[bool, arg(help=f"time transformers too; installs {TRANSFORMERS} into .venv-torch")] = False,
+) -> None:
+    """Time decoding and prefill on this CPU, and `dsjax generate` up to its first token, on an idle machine."""
+    from benchmarks.generate import MODELS, compare, first_token_of
+    from benchmarks.generate import table as generate_table
+
+    target = target_of(json)
+    if large:
+        show(first_token_of("coder_1.3b"), target)
+        return
+    models = tuple(MODELS) if model == "all" else (model,)
+    python = torch_interpreter(TRANSFORMERS) if torch else ""
+    figures = compare(models=models, rounds=rounds, torch_python=python, new=tokens)
+    print(generate_table(figures), file=sys.stderr)
+    show(figures, target)
+
+
 def attention_memory(*, json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "") -> None:
     """Compile a training step of an attention layer at 102,400 positions for a TPU, beside what people write in JAX."""
     from benchmarks.attention_memory import run, tables
@@ -144,6 +168,37 @@ def long_row(*, json: Annotated[str, arg(metavar="FILE", help="write the figures
     show({"rows": found}, target)
 
 
+def convert(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    rounds: Annotated[int, arg(help="turns of copy, import and export")] = 3,
+    folder: Annotated[str, arg(metavar="DIR", help="a disk with 10 GB free; default: that of temporary files")] = "",
+) -> None:
+    """Convert random checkpoints of 2 GB in 10 files and back: MB/s beside a plain copy, and memory in files."""
+    from benchmarks.convert import measure as measure_conversion
+    from benchmarks.convert import table as conversion_table
+
+    target = target_of(json)
+    figures = measure_conversion(rounds, pathlib.Path(folder) if folder else None)
+    print(conversion_table(figures), file=sys.stderr)
+    show(figures, target)
+
+
+def parity(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    only: Annotated[tuple[str, ...], arg(metavar="NAME", help="these models alone; none: all")] = (),
+) -> None:
+    """Logits, loss, gradients and greedy tokens of tiny random models beside transformers', in float32."""
+    from benchmarks.parity import as_table
+    from benchmarks.parity import compare as compare_models
+
+    target = target_of(json)
+    figures = compare_models(torch_interpreter(TRANSFORMERS), only)
+    print(as_table(figures), file=sys.stderr)
+    show(figures, target)
+
+
 def plans(
     only: Annotated[Literal["all", "scaling", "presets", "inference", "published"], arg(help="which part")] = "all",
 ) -> None:
@@ -191,11 +246,14 @@ def main() -> None:
     app.command(checkpoint)
     app.command(attention)
     app.command(moe)
+    app.command(generate)
     app.command(attention_memory)
     app.command(attention_energy)
     app.command(needles)
     app.command(kept_bits)
     app.command(long_row)
+    app.command(convert)
+    app.command(parity)
     app.command(plans)
     app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
 

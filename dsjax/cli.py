@@ -14,11 +14,12 @@ import pathlib
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 from dsjax import hosts
 from dsjax.config import UserError
@@ -112,22 +113,76 @@ def evaluate(
 
 
 def generate(
-    run: Annotated[Positional[str], arg(metavar="RUN", help="run folder")],
+    folder: Annotated[Positional[str], arg(metavar="DIR", help="a RUN, or a folder of Hugging Face's layout")],
     /,
     *,
     prompt: Annotated[str, arg(help="text to continue; '-': read it from standard input")] = "",
-    max_tokens: Annotated[int, arg(help="new tokens at the most")] = 128,
-    temperature: Annotated[float, arg(help="0: always the likeliest token")] = 0.8,
-    top_p: Annotated[float, arg(help="sample from the likeliest tokens of this total probability")] = 0.95,
-    seed: int = 0,
+    chat: Annotated[bool, arg(help="the prompt is a user's message; the model's chat template is used")] = False,
+    system: Annotated[str, arg(metavar="TEXT", help="with --chat: a system message in front")] = "",
+    max_tokens: Annotated[int, arg(metavar="N", help="new tokens at the most")] = 128,
+    n: Annotated[int, arg(metavar="N", help="samples; their seeds follow one another")] = 1,
+    stop: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help="end in front of this text; may be given again")
+    ] = (),
+    temperature: Annotated[float, arg(metavar="X", help="0: always the likeliest token")] = 0.8,
+    top_k: Annotated[int, arg(metavar="N", help="sample from the N likeliest tokens; 0: from all")] = 0,
+    top_p: Annotated[float, arg(metavar="X", help="sample from the likeliest tokens of this total probability")] = 0.95,
+    min_p: Annotated[
+        float, arg(metavar="X", help="sample from tokens of at least this share of the likeliest one's probability")
+    ] = 0.0,
+    seed: Annotated[int, arg(metavar="N", help="the same seed, the same samples")] = 0,
+    mesh: Annotated[str, arg(metavar="AXIS=N,...", help="devices along each mesh axis; default: one device")] = "",
+    dtype: Annotated[
+        Literal["", "float32", "bfloat16"], arg(help="of weights and activations; default: as they are stored")
+    ] = "",
+    json: Annotated[
+        bool, arg(help="print a JSON object a sample: text, tokens, log-probabilities, and why it ended")
+    ] = False,
+    quiet: Annotated[bool, arg(help="no speed on standard error")] = False,
 ) -> int:
-    """Continue a prompt; tokens are printed as they come."""
-    from dsjax.infer.command import stream
+    """Continue a prompt, or answer with --chat; the text is printed as it comes, and at the end how fast it came.
 
-    start_jax()
+    Example: dsjax generate DeepSeek-V2-Lite-Chat --chat --prompt 'Who are you?' --temperature 0.3
+    """
+    begin = time.perf_counter()
+    from dsjax.infer.command import Options, run
+    from dsjax.infer.sampling import SamplingConfig
+
     text = read_prompt(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
-    stream(pathlib.Path(run), text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    is_run = (pathlib.Path(folder) / "checkpoints").is_dir()
+    sampling = SamplingConfig(temperature, top_k, top_p, min_p)
+    options = Options(text, chat, system, max_tokens, n, stop, sampling, seed, is_run, json, quiet)
+    options.check()
+    start_jax()
+    from dsjax.loaded import load
+
+    run(load(folder, dtype=dtype or None, mesh=mesh or None), options, begin)
     return 0
+
+
+def convert(
+    source: Annotated[Positional[str], arg(metavar="SRC", help="folder of Hugging Face's layout, or a run")],
+    target: Annotated[Positional[str], arg(metavar="[DST]", help="new folder: a run, or the other way round")] = "",
+    /,
+    *,
+    check: Annotated[bool, arg(help="compare SRC and DST, tensors and logits; exit code 3: they differ")] = False,
+    mesh: Annotated[str, arg(metavar="AXIS=N,...", help="cut a run's arrays for the devices of this mesh")] = "",
+    keep_fp8: Annotated[bool, arg(help="keep the scales of 8-bit weights: the way back gives them again")] = False,
+    dtype: Annotated[
+        Literal["", "float32", "bfloat16", "float16"], arg(help="of exported weights; default: as they are")
+    ] = "",
+    max_shard_size: Annotated[str, arg(metavar="SIZE", help="of exported files, e.g. 5GB; default: as before")] = "",
+    quiet: Annotated[bool, arg(help="print nothing but errors and the report")] = False,
+) -> int:
+    """Convert a model of Hugging Face's layout to a run of dsjax, or a run to it; a killed conversion goes on.
+
+    Example: dsjax convert DeepSeek-V2-Lite runs/v2_lite; dsjax convert runs/v2_lite exported
+    """
+    start_jax()
+    from dsjax.convert.command import Request, run
+
+    paths = pathlib.Path(source), pathlib.Path(target) if target else None
+    return run(Request(*paths, check, mesh, keep_fp8, dtype or None, max_shard_size, quiet))
 
 
 def plan(
@@ -318,7 +373,7 @@ def parse(arguments: list[str]) -> Callable[[], int]:
     """
     app = tyro.extras.SubcommandApp()
     commands = {"train": train, "eval": evaluate, "generate": generate, "plan": plan, "kernels": kernels}
-    commands |= {"inspect": inspect}
+    commands |= {"inspect": inspect, "convert": convert}
     for name, command in commands.items():
         app.command(name=name)(deferred(command))
     said = io.StringIO()

@@ -28,7 +28,7 @@ LAYERS = (
     ("dsjax.models",),
     ("dsjax.sharding_table", "dsjax.data"),
     ("dsjax.runs",),
-    ("dsjax.runtime", "dsjax.inspection", "dsjax.infer"),
+    ("dsjax.runtime", "dsjax.inspection", "dsjax.infer", "dsjax.convert", "dsjax.loaded"),
     ("dsjax.evals",),
     ("dsjax.train",),
     ("dsjax.plan",),

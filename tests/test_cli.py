@@ -128,7 +128,7 @@ def test_the_folder_of_a_run_is_named_after_its_config(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "expected one of {train, eval, generate, plan, kernels, inspect}"),
+        ([], "expected one of {train, eval, generate, plan, kernels, inspect, convert}"),
         (["trains"], "trains"),
         (["train"], "CONFIG"),
         (["train", "nowhere.py"], "no config file nowhere.py"),
@@ -145,7 +145,7 @@ def test_the_folder_of_a_run_is_named_after_its_config(capsys: pytest.CaptureFix
         (["train", TINY, "mesh.tensor=3"], "mesh"),
         (["train", TINY, "data.batch_size=2000000000"], "this machine has"),
         (["train", TINY, "data.sources.0.path=nowhere"], "nowhere"),
-        (["generate", "nowhere"], "no run folder nowhere"),
+        (["generate", "nowhere"], "there is no folder nowhere"),
         (["generate", "nowhere", "--max-tokens", "0"], "--max-tokens is 0"),
         (["generate", "nowhere", "--max-tokens", "few"], "--max-tokens"),
         (["generate", "nowhere", "--temperature", "nan"], "--temperature is nan"),

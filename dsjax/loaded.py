@@ -1,0 +1,286 @@
+"""A model that is ready to use, from a Hugging Face folder or a run.
+
+import dsjax
+
+model = dsjax.load("DeepSeek-V2-Lite-Chat")
+model.generate(model.tokenizer.encode("def f(")[None], max_new_tokens=64)
+model.logits(tokens_BT)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from dsjax.checkpoint import path_name
+from dsjax.config import UserError, apply_overrides, read_json, validate
+from dsjax.convert.families import config_from_hf
+from dsjax.convert.names import read_arrays
+from dsjax.data.chat import ChatTemplate
+from dsjax.data.hf_tokenizer import load_hf_tokenizer
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.infer.engine import generate, placed
+from dsjax.infer.sampling import SamplingConfig
+from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from dsjax.nn.masks import Documents
+from dsjax.runs import RunFolder, load_model
+from dsjax.sharding import (
+    MeshConfig,
+    Rules,
+    host_array_to_global,
+    joined,
+    make_mesh,
+    replicated,
+    split_variables,
+    use_mesh,
+)
+from dsjax.tensor_files import TensorFiles
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model on its devices.
+
+    Attributes:
+        graph, params: of :class:`flax.nnx`; ``params`` are all variables, buffers included.
+        config: shape of the model.
+        compute: how it is computed.
+        tokenizer: of its folder; None: there is none.
+        end_ids: tokens that end a text.
+        max_length: positions that it is meant for.
+        templates: chat templates by name; the usual one is ``default``.
+        mesh, rules: devices, and what lies on which.
+    """
+
+    graph: Any
+    params: Any
+    config: DecoderConfig
+    compute: ComputeConfig
+    tokenizer: Tokenizer | None
+    end_ids: tuple[int, ...]
+    max_length: int
+    templates: Mapping[str, ChatTemplate]
+    mesh: Mesh
+    rules: Rules
+
+    @property
+    def model(self) -> Decoder:
+        """The module, with these parameters."""
+        return nnx.merge(self.graph, self.params)
+
+    def logits(self, tokens_BT: Any, mask_BT: Any | None = None) -> Float[Array, "B T V"]:
+        """Scores of the token behind each position, float32.
+
+        Args:
+            tokens_BT: ids, rows of an array or a list.
+            mask_BT: 0 or False where a row has no token, at its start or end; None: it has one everywhere.
+
+        Raises:
+            UserError: an id that the model has not.
+        """
+        tokens_BT, ids_BT = self._rows(tokens_BT, mask_BT)
+        B = len(tokens_BT)
+        rows = self._row_devices
+        more = [(0, -B % rows), (0, 0)]
+        put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch", None))
+        return self._forward(self.params, *(put(np.pad(x, more)) for x in (tokens_BT, ids_BT)))[:B]
+
+    def generate(
+        self,
+        tokens_BT: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        stop_at_eos: bool = True,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        mask_BT: Any | None = None,
+    ) -> Int[np.ndarray, "B T_plus_new"]:
+        """The rows with ``max_new_tokens`` more tokens each.
+
+        Args:
+            tokens_BT: prompts, rows of an array or a list.
+            max_new_tokens: of each row.
+            temperature: 0: always the likeliest token.
+                stop_at_eos: from a token of ``end_ids`` on, a row holds only the first of those.
+            top_k: sample from that many of the likeliest tokens; 0: from all.
+            top_p: sample from the likeliest tokens of that total probability.
+            min_p: sample from tokens of at least that share of the likeliest one's probability.
+            seed: of the choices.
+            mask_BT: 0 or False where a row has no token, at its start or end; None: it has one everywhere.
+
+        Raises:
+            UserError: a value out of range, or more positions than the model is meant for.
+        """
+        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        validate(sampling)
+        tokens_BT, ids_BT = self._rows(tokens_BT, mask_BT)
+        B, T = tokens_BT.shape
+        if max_new_tokens < 0 or T + max_new_tokens > self.max_length:
+            raise UserError(
+                f"max_new_tokens is {max_new_tokens}; with prompts of {T} tokens it must be from 0 to"
+                f" {max(self.max_length - T, 0)}: the model is meant for {self.max_length} positions"
+            )
+        if max_new_tokens == 0:
+            return tokens_BT
+        prompts = [row[real > 0].tolist() for row, real in zip(tokens_BT, ids_BT, strict=True)]
+        fill = -B % self._row_devices
+        parts = generate(
+            self.graph,
+            self.params,
+            prompts + [prompts[-1]] * fill,
+            max_tokens=max_new_tokens,
+            end_id=self.end_ids[0] if self.end_ids else 0,
+            end_ids=self.end_ids if stop_at_eos else (),
+            max_length=self.max_length + fill_up(T),
+            sampling=sampling,
+            seed=seed,
+            mesh=self.mesh,
+        )
+        new_BS = np.concatenate(list(parts), axis=1)[:B]
+        ended = self.end_ids[0] if self.end_ids else 0
+        new_BS = np.pad(new_BS, [(0, 0), (0, max_new_tokens - new_BS.shape[1])], constant_values=ended)
+        return np.concatenate([tokens_BT, new_BS], axis=1)
+
+    @property
+    def _row_devices(self) -> int:
+        return int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
+
+    def _rows(self, tokens_BT: Any, mask_BT: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and 1 where a row has a token."""
+        tokens_BT = np.asarray(tokens_BT)
+        if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
+            raise UserError(f"tokens have shape {tokens_BT.shape}; they are rows of at least one token, (B, T)")
+        if not np.issubdtype(tokens_BT.dtype, np.integer):
+            raise UserError(f"tokens are {tokens_BT.dtype}; they must be whole numbers")
+        if tokens_BT.min() < 0 or tokens_BT.max() >= self.config.vocab_size:
+            found = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
+            raise UserError(f"there is a token {found}; the model has those from 0 to {self.config.vocab_size - 1}")
+        ids_BT = np.ones(tokens_BT.shape, np.int32) if mask_BT is None else (np.asarray(mask_BT) > 0).astype(np.int32)
+        if ids_BT.shape != tokens_BT.shape or not ids_BT.any(axis=1).all():
+            raise UserError(
+                f"the mask has shape {ids_BT.shape}; it must have that of the tokens, and a token in each row"
+            )
+        return tokens_BT.astype(np.int32), ids_BT
+
+    @functools.cached_property
+    def _forward(self) -> Any:
+        def forward(params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+            with use_mesh(self.mesh, dataclasses.replace(self.rules, length=())):
+                model = nnx.merge(self.graph, params)
+                positions_BT = jnp.maximum(jnp.cumsum(ids_BT, axis=1) - 1, 0)
+                return model.logits(model(tokens_BT, Documents(ids_BT, positions_BT)))
+
+        return jax.jit(forward, out_shardings=replicated(self.mesh))
+
+
+def fill_up(length: int) -> int:
+    """Positions that rounding a prompt's length up may add."""
+    return -length % 32
+
+
+def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | str | None = None) -> LoadedModel:
+    """The model of a Hugging Face folder, or of a run's latest checkpoint.
+
+    Args:
+        path: a folder with config.json and model.safetensors (or shards with an index), or a run.
+        dtype: of weights and activations, float32 or bfloat16; None: bfloat16 if the weights are stored so, else
+            float32.
+        mesh: devices: a mesh, or its sizes, ``"expert=4,tensor=2"``; None: the first device.
+
+    Raises:
+        UserError: there is no model, or one that dsjax can not express; the weights do not divide over the mesh.
+    """
+    path = pathlib.Path(path)
+    if dtype is not None:
+        try:
+            name = jnp.dtype(dtype).name
+        except TypeError:
+            name = ""
+        if name not in ("float32", "bfloat16"):
+            raise UserError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
+        dtype = name
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} holds no model: it has no config.json")
+    if (path / "checkpoints").is_dir() or "model_type" not in read_json(path / "config.json"):
+        return _from_run(path, dtype, mesh)
+    return _from_hf(path, dtype, mesh)
+
+
+def _from_run(path: pathlib.Path, dtype: Any, mesh: Any) -> LoadedModel:
+    found = load_model(RunFolder(path))
+    compute = dataclasses.replace(found.config.compute, dtype=dtype or found.config.compute.dtype)
+    words = found.tokenizer
+    about: Any = (words, (words.end_id,), found.config.data.seq_len, {})
+    converted = path / "hf" / "files"  # of a run that was a Hugging Face folder: all but its weights
+    if (converted / "config.json").is_file():
+        about = _said_by(converted, read_json(converted / "config.json"))
+    return _on_devices(found.config.model, compute, found.params, about, mesh)
+
+
+def _from_hf(path: pathlib.Path, dtype: Any, mesh: Any) -> LoadedModel:
+    fields = read_json(path / "config.json")
+    if not isinstance(fields, dict):
+        raise UserError(f"{path / 'config.json'} holds a {type(fields).__name__}, not an object")
+    config = config_from_hf(fields)
+    arrays = read_arrays(TensorFiles(path), fields, config)
+    halves = {str(x.dtype) for name, x in arrays.items() if name.endswith("embedding")} == {"bfloat16"}
+    compute = ComputeConfig(dtype=dtype or ("bfloat16" if halves else "float32"))
+    abstract = nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0)))
+    _, params, buffers = split_variables(abstract)
+    tree = {"params": params, "buffers": buffers}
+    tree = jax.tree_util.tree_map_with_path(lambda path, _: arrays[path_name(path)], tree)
+    variables = joined(tree["params"], tree["buffers"])
+    return _on_devices(config, compute, variables, _said_by(path, fields), mesh)
+
+
+def _said_by(path: pathlib.Path, fields: dict[str, Any]) -> tuple[Any, ...]:
+    """What a Hugging Face folder says beside weights: tokenizer, end ids, longest text, chat templates."""
+    tokenizer: Tokenizer | None = None
+    templates: Mapping[str, ChatTemplate] = {}
+    if (path / "tokenizer.json").is_file():
+        words = load_hf_tokenizer(path)
+        tokenizer, end_ids, templates = words.tokenizer, words.end_ids, words.templates
+    else:
+        stated = fields.get("eos_token_id")
+        end_ids = tuple(stated) if isinstance(stated, list) else () if stated is None else (stated,)
+    return (tokenizer, end_ids, int(fields.get("max_position_embeddings") or 2048), templates)
+
+
+def _on_devices(config: DecoderConfig, compute: ComputeConfig, variables: Any, about: Any, mesh: Any) -> LoadedModel:
+    tokenizer, end_ids, max_length, templates = about
+    if isinstance(mesh, str):
+        mesh = apply_overrides(MeshConfig(data=1), [word for word in mesh.split(",") if word])
+    if isinstance(mesh, MeshConfig):
+        mesh = make_mesh(mesh)
+    mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
+    abstract = nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0)))
+    graph, params, buffers = split_variables(abstract)
+    rows = mesh.shape["data"] * mesh.shape["expert"]
+    there = placed(graph, joined(params, buffers), mesh, rows)
+    return LoadedModel(
+        graph=graph,
+        params=there.place(variables),
+        config=config,
+        compute=compute,
+        tokenizer=tokenizer,
+        end_ids=end_ids,
+        max_length=max_length,
+        templates=templates,
+        mesh=there.mesh,
+        rules=there.rules,
+    )
