@@ -309,6 +309,25 @@ class Checkpoints:
         self.newest = step
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves), host, step
 
+    def restore_part(self, arrays: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+        """Some arrays of the latest checkpoint (or of ``step``), verified, each cast to the type asked for.
+
+        ``arrays``: by name, abstract; shardings say where each goes.
+
+        Raises:
+            UserError: there is no checkpoint, or an array is missing or has another shape.
+        """
+        step, body = self._body(step)
+        for name, array in arrays.items():
+            there = body["arrays"].get(name)
+            if there is None or tuple(there["shape"]) != array.shape:
+                kinds = f"{name} is {_kind(there)} there, {_kind(array)} here"
+                raise UserError(f"checkpoint {step} in {self.folder} is of another model: {kinds}")
+        ocp, tree = self._ocp, _nested({tuple(name.split("/")): x for name, x in arrays.items()})
+        how = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True)
+        with self._told_as(f"checkpoint {step}", "read"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as part:
+            return flatten(part.restore(self._at(step) / "state", args=how))
+
     def load_numpy(self, step: int | None = None) -> tuple[dict[str, np.ndarray], HostState, int]:
         """All arrays by name as numpy, whatever devices they were saved from, every byte verified.
 

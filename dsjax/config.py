@@ -318,10 +318,10 @@ def _check(value: Any, annotation: Any, key: str) -> None:
 
 
 def load_config(path: str | pathlib.Path) -> Any:
-    """What ``get_config()`` of a Python config file returns, unchecked.
+    """What ``get_config()`` of a Python config file returns, or a run's config.json holds; unchecked.
 
     Raises:
-        UserError: no such file, not Python, no ``get_config``, or it fails.
+        UserError: no such file, neither kind, no ``get_config``, or it fails.
     """
     path = pathlib.Path(path)
     try:
@@ -331,8 +331,10 @@ def load_config(path: str | pathlib.Path) -> Any:
     if not found:
         beside = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"no config file {path}{_nearest(str(path), beside)}")
+    if path.suffix == ".json":
+        return from_dict(read_json(path), str(path))
     if path.suffix != ".py":
-        raise UserError(f"config {path} must be a Python file (.py) with get_config()")
+        raise UserError(f"config {path} must be a Python file (.py) with get_config(), or a run's config.json")
     spec = importlib.util.spec_from_file_location(f"dsjax_config_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -76,6 +76,7 @@ class Job:
         begin: ``time.perf_counter()`` when the command began.
         data_changes: which files of the data are others than before, should they be asked for.
         capacity: what chooses the capacity factor; none: it is fixed.
+        start: gives a new state the weights that training begins with; none: those that it has.
         place_experts: gives the busiest experts their further places, for the loads that the state holds; none: there
             are no such places.
         experts: (number of experts, experts of a token) of each layer group that has some.
@@ -91,6 +92,7 @@ class Job:
     begin: float
     data_changes: Callable[[], str] = lambda: ""
     capacity: DynamicCapacity | None = None
+    start: Callable[[TrainState], TrainState] | None = None
     place_experts: Callable[[TrainState], TrainState] | None = None
     experts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
@@ -217,7 +219,8 @@ def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
 def new_state(job: Job, seed: int) -> TrainState:
     """The state that training begins with."""
     number: Any = np.uint32(seed)  # a seed may not fit int32
-    return job.trainer.init(number)
+    state = job.trainer.init(number)
+    return state if job.start is None else job.start(state)
 
 
 def save(job: Job, state: TrainState, counters: Counters) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -37,6 +38,7 @@ from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh, r
 from dsjax.train.capacity import CompiledSteps
 from dsjax.train.loop import Job, restore_or_init, train
 from dsjax.train.optimizer import OptimConfig
+from dsjax.train.start import Start
 from dsjax.train.step import Trainer, TrainState, make_trainer
 
 
@@ -54,6 +56,7 @@ class TrainConfig:
         eval_documents: held-out documents that those look at.
         place_every: steps between placements of the busiest experts' replicas, where ``num_replicas`` gives them some.
         seed: of the initial weights and of everything random in a step.
+        start_from: a run (also a converted one) whose weights training begins with, instead of random ones.
     """
 
     steps: PositiveInt = 1000
@@ -64,6 +67,7 @@ class TrainConfig:
     eval_documents: PositiveInt = 8
     place_every: PositiveInt = 50
     seed: Seed = 0
+    start_from: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +217,13 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
 
     # ---------------------------------------------------------------- restore, train
     first = hosts.index() == 0
+    source = None
+    if config.train.start_from and not run_folder.has_checkpoint():
+        source = Start(pathlib.Path(config.train.start_from), corpus.tokenizer)
     if first and not run_folder.has_checkpoint():
         run_folder.write(config, corpus)
+        if source is not None:
+            source.hand_on(run_folder)
     facts = about(config, mesh, corpus)
     checkpoints = Checkpoints(run_folder.checkpoints, keep=config.checkpoint.keep, about=facts)
     with contextlib.closing(batches), contextlib.closing(checkpoints):
@@ -229,6 +238,7 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
             begin=begin,
             data_changes=lambda: run_folder.changed_data(corpus),
             capacity=capacity,
+            start=None if source is None else functools.partial(source.with_weights, trainer.shapes),
             place_experts=expert_placement(config, mesh),
             experts={name: (moe.num_experts, moe.top_k) for name, moe in model.experts().items()},
         )
