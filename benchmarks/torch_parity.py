@@ -49,7 +49,7 @@ def yarn(**more: Any) -> dict[str, Any]:
 # Name -> (model type, fields beside those above).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, GQA, tied": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "llama, one key/value head, wide": ("llama", {"num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5}),
+    "llama, one head of keys, wide": ("llama", {"num_key_value_heads": 1, "head_dim": 20, "rms_norm_eps": 1e-5}),
     "llama, llama3 rope": (
         "llama",
         {
