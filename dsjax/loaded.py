@@ -114,7 +114,7 @@ class LoadedModel:
             tokens_BT: prompts, rows of an array or a list.
             max_new_tokens: of each row.
             temperature: 0: always the likeliest token.
-                stop_at_eos: from a token of ``end_ids`` on, a row holds only the first of those.
+            stop_at_eos: from a token of ``end_ids`` on, a row holds only the first of those.
             top_k: sample from that many of the likeliest tokens; 0: from all.
             top_p: sample from the likeliest tokens of that total probability.
             min_p: sample from tokens of at least that share of the likeliest one's probability.
@@ -136,22 +136,21 @@ class LoadedModel:
         if max_new_tokens == 0:
             return tokens_BT
         prompts = [row[real > 0].tolist() for row, real in zip(tokens_BT, ids_BT, strict=True)]
-        fill = -B % self._row_devices
+        fill, end_id = -B % self._row_devices, self.end_ids[0] if self.end_ids else 0
         parts = generate(
             self.graph,
             self.params,
             prompts + [prompts[-1]] * fill,
             max_tokens=max_new_tokens,
-            end_id=self.end_ids[0] if self.end_ids else 0,
+            end_id=end_id,
             end_ids=self.end_ids if stop_at_eos else (),
-            max_length=self.max_length + fill_up(T),
+            max_length=self.max_length,
             sampling=sampling,
             seed=seed,
             mesh=self.mesh,
         )
         new_BS = np.concatenate(list(parts), axis=1)[:B]
-        ended = self.end_ids[0] if self.end_ids else 0
-        new_BS = np.pad(new_BS, [(0, 0), (0, max_new_tokens - new_BS.shape[1])], constant_values=ended)
+        new_BS = np.pad(new_BS, [(0, 0), (0, max_new_tokens - new_BS.shape[1])], constant_values=end_id)
         return np.concatenate([tokens_BT, new_BS], axis=1)
 
     @property
@@ -184,11 +183,6 @@ class LoadedModel:
                 return model.logits(model(tokens_BT, Documents(ids_BT, positions_BT)))
 
         return jax.jit(forward, out_shardings=replicated(self.mesh))
-
-
-def fill_up(length: int) -> int:
-    """Positions that rounding a prompt's length up may add."""
-    return -length % 32
 
 
 def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | str | None = None) -> LoadedModel:
