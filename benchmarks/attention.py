@@ -12,14 +12,12 @@ from __future__ import annotations
 import functools
 import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.timing import ROOT
+from benchmarks.turns import Worker, by_turns, spread
 
 HEADS, WIDTH, SEGMENT, WINDOW, TOP = 8, 64, 1024, 512, 8
 # Of one call: positions, and whether the gradients are computed as well.
@@ -38,18 +36,18 @@ def compare(*, rounds: int = 5, torch_python: str = "") -> dict[str, Any]:
     pythons = {"segmented": sys.executable, "jax_dense": sys.executable}
     if torch_python:
         pythons["torch"] = torch_python
-    workers = {name: Worker(name, python) for name, python in pythons.items()}
+    workers = {name: Worker(name, python, "benchmarks.attention") for name, python in pythons.items()}
     shape = {"batch": 1, "heads": HEADS, "width": WIDTH, "segment_size": SEGMENT, "window": WINDOW, "dtype": "float32"}
     figures: dict[str, Any] = {"shape": shape, "rounds": rounds}
     try:
         for case in AGAINST_FULL:
-            times = _alternate({name: functools.partial(worker.ask, case) for name, worker in workers.items()}, rounds)
+            times = _times({name: functools.partial(worker.ask, case) for name, worker in workers.items()}, rounds)
             figures[case] = times
             mine = times["segmented"]["median_s"]
             figures[case]["times_faster"] = {k: v["median_s"] / mine for k, v in times.items() if k != "segmented"}
         ask = workers["segmented"].ask
         lengths = {str(length): functools.partial(ask, f"top_{length}") for length in TOP_LENGTHS}
-        times = figures[f"top_segments_{TOP}"] = _alternate(lengths, rounds)
+        times = figures[f"top_segments_{TOP}"] = _times(lengths, rounds)
         few, many = (times[str(length)]["median_s"] for length in TOP_LENGTHS)
         pairs = [_visible_pairs(length) for length in TOP_LENGTHS]
         times["ratio"], times["ratio_of_visible_pairs"] = many / few, pairs[1] / pairs[0]
@@ -79,48 +77,14 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _alternate(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
-    for call in calls.values():
-        call()  # compiles, and is not counted
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in calls if turn % 2 == 0 else reversed(calls):
-            seconds[name].append(calls[name]())
-    return {
-        name: {"median_s": statistics.median(found), "least_s": min(found), "most_s": max(found)}
-        for name, found in seconds.items()
-    }
+def _times(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+    return {name: spread(seconds) for name, seconds in by_turns(calls, rounds).items()}
 
 
 def _visible_pairs(length: int) -> int:
     from pallas_kernels.segmented_attention import Segments
 
     return Segments(SEGMENT, WINDOW, top=TOP).visible_pairs(length)
-
-
-class Worker:
-    """A contender's process, which answers each line with one of JSON."""
-
-    def __init__(self, contender: str, python: str, module: str = "benchmarks.attention"):
-        command = [python, "-m", module, "serve", contender]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        pipe = subprocess.PIPE
-        self.contender = contender
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
-
-    def ask(self, case: str) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(case, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the {self.contender} contender stopped with exit code {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 # ---------------------------------------------------------------- within a worker

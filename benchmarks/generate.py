@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention import ROOT, Worker
 from benchmarks.generate_models import MODELS, cache_bytes, write_checkpoint
+from benchmarks.timing import ROOT
+from benchmarks.turns import Worker, by_turns, ratio, spread
 
 PROMPT, NEW, LONG = 64, 64, 512  # tokens: of a prompt to decode behind, decoded, of a prompt to prefill
 CASES = {"decode 1": 1, "decode 8": 8, "decode 64": 64, "prefill": 1}  # batch sizes
@@ -62,7 +62,7 @@ def _compare_one(folder: str, pythons: dict[str, str], rounds: int, new: int) ->
     try:
         found["equal_tokens"] = _equal_tokens(workers, new)
         for case, batch in CASES.items():
-            found[case] = _alternate(workers, case, rounds, new)
+            found[case] = _turns(workers, case, rounds, new)
             for name in workers:
                 tokens = LONG if case == "prefill" else batch * (new - 1)
                 found[case][name]["tokens_per_second"] = tokens / found[case][name]["median_s"]
@@ -103,32 +103,17 @@ def _equal_tokens(workers: dict[str, Worker], new: int) -> dict[str, float]:
     return shares
 
 
-def _alternate(workers: dict[str, Worker], case: str, rounds: int, new: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for worker in workers.values():
-        worker.ask(f"{case} {new}")  # compiles, and is not counted
-    for turn in range(rounds):
-        for name in list(workers) if turn % 2 == 0 else reversed(workers):
-            seconds[name].append(workers[name].ask(f"{case} {new}"))
-    found: dict[str, Any] = {
-        name: {"median_s": statistics.median(s), "least_s": min(s), "most_s": max(s)} for name, s in seconds.items()
-    }
+def _turns(workers: dict[str, Worker], case: str, rounds: int, new: int) -> dict[str, Any]:
+    calls = {name: functools.partial(worker.ask, f"{case} {new}") for name, worker in workers.items()}
+    seconds = by_turns(calls, rounds)
+    found: dict[str, Any] = {name: spread(s) for name, s in seconds.items()}
     theirs = [name for name in HUGGING_FACE.values() if name in workers]
-    for name in theirs:
-        found[name] |= _ratio(seconds[name], seconds["dsjax"])
+    for name in theirs:  # how many times their throughput dsjax has
+        times = ratio(seconds[name], seconds["dsjax"])
+        found[name] |= dict(zip(("dsjax_times_it", "interval"), times, strict=True))
     if theirs:
         found["fastest_hugging_face"] = min(theirs, key=lambda name: found[name]["median_s"])
     return found
-
-
-def _ratio(theirs: list[float], mine: list[float]) -> dict[str, Any]:
-    """How many times their throughput dsjax has: the median over rounds, with a bootstrap interval over rounds."""
-    by_round = np.array(theirs) / np.array(mine)
-    again = np.random.default_rng(0).choice(by_round, (5000, len(by_round)))
-    return {
-        "dsjax_times_it": float(np.median(by_round)),
-        "interval": np.quantile(np.median(again, axis=1), [0.025, 0.975]).tolist(),
-    }
 
 
 def table(figures: dict[str, Any]) -> str:

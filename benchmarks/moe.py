@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attention import Worker
+from benchmarks.turns import Worker, by_turns, ratio, spread
 
 TOKENS, D_MODEL, D_FF, EXPERTS, TOP_K = 2048, 256, 512, 16, 2
 CASES = {
@@ -52,7 +51,7 @@ def compare(*, rounds: int = 15, torch_python: str = "") -> dict[str, Any]:
         figures["loads"] = {routing: loads(routing).tolist() for routing in ("balanced", "skewed")}
         figures["largest_difference"] = _differences(workers)
         for case in CASES:
-            figures[case] = _alternate(workers, case, rounds)
+            figures[case] = _turns(workers, case, rounds)
     finally:
         for worker in workers.values():
             worker.close()
@@ -91,32 +90,15 @@ def _differences(workers: dict[str, Worker]) -> dict[str, float]:
     return largest
 
 
-def _alternate(workers: dict[str, Worker], case: str, rounds: int) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for worker in workers.values():
-        worker.ask(case)  # compiles, and is not counted
-    for turn in range(rounds):
-        for name in list(workers) if turn % 2 == 0 else reversed(workers):
-            seconds[name].append(workers[name].ask(case))
-    found: dict[str, Any] = {
-        name: {"median_s": statistics.median(s), "least_s": min(s), "most_s": max(s)} for name, s in seconds.items()
-    }
+def _turns(workers: dict[str, Worker], case: str, rounds: int) -> dict[str, Any]:
+    seconds = by_turns({name: functools.partial(worker.ask, case) for name, worker in workers.items()}, rounds)
+    found: dict[str, Any] = {name: spread(s) for name, s in seconds.items()}
     for name in workers:
         if name != "dsjax":
-            found[name] |= _ratio(seconds["dsjax"], seconds[name])
+            found[name] |= dict(zip(("ratio", "interval"), ratio(seconds["dsjax"], seconds[name]), strict=True))
     if theirs := [name for name in HUGGING_FACE.values() if name in workers]:
         found["fastest_hugging_face"] = min(theirs, key=lambda name: found[name]["median_s"])
     return found
-
-
-def _ratio(mine: list[float], other: list[float]) -> dict[str, Any]:
-    """The median over rounds of mine / other, with a bootstrap interval over rounds."""
-    by_round = np.array(mine) / np.array(other)
-    again = np.random.default_rng(0).choice(by_round, (5000, len(by_round)))
-    return {
-        "ratio": float(np.median(by_round)),
-        "interval": np.quantile(np.median(again, axis=1), [0.025, 0.975]).tolist(),
-    }
 
 
 # ---------------------------------------------------------------- what is computed

@@ -30,7 +30,7 @@ from dsjax.sharding import MeshConfig, make_mesh
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.step import Trainer, make_trainer
 
-SEGMENT, STRIDE, ROW_TOKENS = 64, 16, 4096
+SEGMENT, STRIDE, ROW_TOKENS = 64, 16, 2048
 BASE = AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16, qk_norm=True, conv_taps=4)
 FULL_LENGTH = 8 * SEGMENT
 
@@ -45,7 +45,8 @@ class Stage:
     questions: int
 
 
-STAGES = (Stage(64, 700, 6, 3), Stage(128, 150, 12, 6), Stage(256, 150, 16, 8), Stage(FULL_LENGTH, 600, 16, 8))
+# Most at two segments: there the heads that find facts in one segment learn to find them by tails, too.
+STAGES = (Stage(64, 500, 6, 3), Stage(128, 1000, 12, 6), Stage(256, 300, 16, 8), Stage(FULL_LENGTH, 800, 16, 8))
 
 
 def segmented(share: int, shift: Any, top: int | None = None) -> AttentionConfig:

@@ -10,6 +10,7 @@ is a line of a file, as are the costs, and is not made again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json as json_format
 import os
 import pathlib
@@ -29,6 +30,7 @@ from benchmarks.line_completion import figures
 from benchmarks.plans import table
 from benchmarks.router_study import t_interval
 from benchmarks.timing import ROOT
+from benchmarks.turns import by_turns
 from dsjax.config import load_config, validate
 from dsjax.data.pipeline import make_batches
 from dsjax.data.prepare import prepare
@@ -115,7 +117,7 @@ def costs(rounds: int, say: Say) -> dict[str, Any]:
     for work, (mode, rows) in WORKS.items():
         say(f"costs of {work}")
         turns = {variant: _TURNS[mode](config_of(variant), rows) for variant in VARIANTS}
-        seconds = _alternate(turns, rounds)
+        seconds = by_turns({name: functools.partial(next, turn) for name, turn in turns.items()}, rounds)
         del turns
         found[work] = {}
         for variant in VARIANTS:
@@ -200,17 +202,6 @@ def _decoding(config: Pretrain, rows: int) -> Iterator[float]:
 
 
 _TURNS: dict[Mode, Callable[..., Iterator[float]]] = {"train": _training, "prefill": _prefill, "decode": _decoding}
-
-
-def _alternate(turns: dict[str, Iterator[float]], rounds: int) -> dict[str, list[float]]:
-    """What each has to say in each round, after one that is not counted; the order is reversed every other round."""
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for turn in turns.values():
-        next(turn)
-    for number in range(rounds):
-        for name in list(turns) if number % 2 == 0 else reversed(turns):
-            seconds[name].append(next(turns[name]))
-    return seconds
 
 
 # ---------------------------------------------------------------- comparison

@@ -136,8 +136,13 @@ def _read_index(folder: pathlib.Path) -> dict[str, TensorKind]:
 
 
 def _inside(folder: pathlib.Path, path: pathlib.Path) -> bool:
-    """Whether a path, links followed, is below a folder."""
+    """Whether a path, links followed, is below a folder, or among the blobs that a download's snapshot links to.
+
+    The cache of huggingface_hub is models--OWNER--NAME/{blobs/HASH, snapshots/REVISION/NAME -> ../../blobs/HASH}.
+    """
     try:
-        return path.resolve().is_relative_to(folder.resolve())
+        file, folder = path.resolve(), folder.resolve()
+        blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+        return file.is_relative_to(folder) or file.parent == blobs
     except (OSError, ValueError, RuntimeError):  # a name that no file can have; links in a circle
         return False

@@ -117,6 +117,23 @@ def test_an_index_names_files_of_its_folder_only(tmp_path: pathlib.Path, file: s
         _indexed(folder, a=file.format(outside=outside))
 
 
+def test_a_downloads_snapshot_links_to_its_blobs_and_to_nothing_else(tmp_path: pathlib.Path) -> None:
+    """The cache of huggingface_hub: every file of a snapshot is a link to a blob of its repository."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    _indexed(snapshot)
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / f"hash-of-{file.name}")
+        file.symlink_to(f"../../blobs/hash-of-{file.name}")
+    assert {name: x.shape for name, x in TensorFiles(snapshot).items()} == {"a": (4,), "b": (5,)}
+    (blobs / "hash-of-one.safetensors").rename(tmp_path / "elsewhere")
+    (snapshot / "one.safetensors").unlink()
+    (snapshot / "one.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"names 'one\.safetensors', which is no file of its folder"):
+        TensorFiles(snapshot)
+
+
 def test_a_name_stays_inside_its_folder_or_is_refused() -> None:
     for name in ("a", "a/b.json", "d/0", "..a", "a..b", "é"):
         assert stays_inside(name)

@@ -120,7 +120,7 @@ def test_many_spans_of_positions(tmp_path: pathlib.Path) -> None:
     smaller = (
         ("far.py", "POSITIONS_AT_A_TIME = 8192", "POSITIONS_AT_A_TIME = 20"),
         ("far.py", "ROWS_IN_A_BLOCK = 128", "ROWS_IN_A_BLOCK = 4"),
-        ("selection.py", "QUERIES_AT_A_TIME = 2048", "QUERIES_AT_A_TIME = 16"),
+        ("selection.py", "QUERIES_AT_A_TIME = 256", "QUERIES_AT_A_TIME = 16"),
     )
     with altered(tmp_path, *smaller) as package:
         check(case, "xla", package.segmented_attention)

@@ -10,15 +10,18 @@ their log-sum-exp. The cost is that of ``top + 2`` tails for each position, what
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.segmented_attention.segments import Segments
 
-QUERIES_AT_A_TIME = 2048  # whose scores against all segments exist together
+QUERIES_AT_A_TIME = 256  # whose scores against all segments exist together: in a CPU's cache
+PARTS = 4  # of a row, each scored against the segments in front of its end alone
 
 
 def cut(x_BT: Array, segments: Segments) -> Array:
@@ -75,25 +78,35 @@ def choose_among(
 
     top = segments.top
 
-    def best(some: tuple[Array, Array, Array]) -> Array:
-        mean_BtKH, ids_Bt, position_t = some
-        own_1t = before + segments.of(position_t)[None]
-        there_BtJ = (last_BJ[:, None] == ids_Bt[..., None]) & (ids_Bt > 0)[..., None]
-        return best_segments(mean_BtKH, mean_BJKH, there_BtJ, own_1t, top)
+    def best(seen: int, some: Sequence[Array]) -> Array:
+        mean_BtKH, ids_Bt, position_Bt = some
+        own_Bt = before + segments.of(position_Bt)
+        there_BtJ = (last_BJ[:, None, :seen] == ids_Bt[..., None]) & (ids_Bt > 0)[..., None]
+        chosen_BtKX = best_segments(mean_BtKH, mean_BJKH[:, :seen], there_BtJ, own_Bt, top)
+        return jnp.pad(chosen_BtKX, [(0, 0)] * 3 + [(0, width - chosen_BtKX.shape[-1])], constant_values=-1)
 
-    positions_T = jnp.arange(T)
+    rows, chosen = (mean_BTKH, ids_BT, jnp.broadcast_to(jnp.arange(T), (B, T))), []
+    part = T if T <= QUERIES_AT_A_TIME else -(-T // PARTS)
+    for start in range(0, T, part):
+        stop = min(start + part, T)
+        seen = num - segments.count(T) + segments.of(stop - 1)  # segments in front of the last one's, at the most
+        chosen.append(_in_blocks(functools.partial(best, max(seen, 1)), [x[:, start:stop] for x in rows]))
+    return jnp.concatenate(chosen, axis=1)
+
+
+def _in_blocks(f: Any, rows: Sequence[Shaped[Array, "B T ..."]]) -> Array:
+    """``f`` of :data:`QUERIES_AT_A_TIME` positions after the other."""
+    B, T = rows[0].shape[:2]
     if T <= QUERIES_AT_A_TIME:
-        return best((mean_BTKH, ids_BT, positions_T))
-    extra = -T % QUERIES_AT_A_TIME
+        return f(rows)
+    num = -(-T // QUERIES_AT_A_TIME)
 
-    def blocks(x: Array, axis: int) -> Array:
-        widths = [(0, extra if a == axis else 0) for a in range(x.ndim)]
-        x = jnp.pad(x, widths)
-        shape = (*x.shape[:axis], -1, QUERIES_AT_A_TIME, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
+    def blocks(x_BT: Array) -> Array:
+        x_BT = jnp.pad(x_BT, [(0, 0), (0, num * QUERIES_AT_A_TIME - T), *[(0, 0)] * (x_BT.ndim - 2)])
+        return jnp.moveaxis(x_BT.reshape(B, num, QUERIES_AT_A_TIME, *x_BT.shape[2:]), 1, 0)
 
-    chosen = jax.lax.map(best, (blocks(mean_BTKH, 1), blocks(ids_BT, 1), blocks(positions_T, 0)))
-    return jnp.moveaxis(chosen, 0, 1).reshape(B, T + extra, K, width)[:, :T]
+    out = jnp.moveaxis(jax.lax.map(f, [blocks(x) for x in rows]), 0, 1)
+    return out.reshape(B, num * QUERIES_AT_A_TIME, *out.shape[3:])[:, :T]
 
 
 def best_segments(
