@@ -23,6 +23,7 @@ HEADS, WIDTH, SEGMENT, WINDOW, TOP = 8, 64, 1024, 512, 8
 # Of one call: positions, and whether the gradients are computed as well.
 AGAINST_FULL = {"forward_8192": (8192, False), "forward_backward_4096": (4096, True)}
 TOP_LENGTHS = (16384, 65536)
+TOP_CASES = {f"top_segments {TOP}, W = {size}": size for size in (SEGMENT, 256)}  # half of each segment kept
 MEMORY_LENGTHS = (8192, 16384, 32768, 65536)
 
 
@@ -46,11 +47,12 @@ def compare(*, rounds: int = 5, torch_python: str = "") -> dict[str, Any]:
             mine = times["segmented"]["median_s"]
             figures[case]["times_faster"] = {k: v["median_s"] / mine for k, v in times.items() if k != "segmented"}
         ask = workers["segmented"].ask
-        lengths = {str(length): functools.partial(ask, f"top_{length}") for length in TOP_LENGTHS}
-        times = figures[f"top_segments_{TOP}"] = _times(lengths, rounds)
-        few, many = (times[str(length)]["median_s"] for length in TOP_LENGTHS)
-        pairs = [_visible_pairs(length) for length in TOP_LENGTHS]
-        times["ratio"], times["ratio_of_visible_pairs"] = many / few, pairs[1] / pairs[0]
+        for case, size in TOP_CASES.items():
+            calls = {str(length): functools.partial(ask, f"{length} of {size}") for length in TOP_LENGTHS}
+            times = figures[case] = _times(calls, rounds)
+            few, many = (times[str(length)]["median_s"] for length in TOP_LENGTHS)
+            pairs = [_visible_pairs(length, size) for length in TOP_LENGTHS]
+            times["ratio"], times["ratio_of_visible_pairs"] = many / few, pairs[1] / pairs[0]
         figures["temporary_bytes"] = ask("memory")
     finally:
         for worker in workers.values():
@@ -61,16 +63,17 @@ def compare(*, rounds: int = 5, torch_python: str = "") -> dict[str, Any]:
 def table(figures: dict[str, Any]) -> str:
     """The figures for a terminal."""
     lines = [f"{'case':24} {'contender':12} {'median s':>9} {'least':>9} {'most':>9} {'slower by':>9}"]
-    for case in (*AGAINST_FULL, f"top_segments_{TOP}"):
+    for case in (*AGAINST_FULL, *TOP_CASES):
         times = {
             name: value for name, value in figures[case].items() if isinstance(value, dict) and "median_s" in value
         }
         first = next(iter(times.values()))["median_s"]
         for name, t in times.items():
-            spread = f"{t['median_s']:9.3f} {t['least_s']:9.3f} {t['most_s']:9.3f}"
-            lines.append(f"{case:24} {name:12} {spread} {t['median_s'] / first:9.2f}")
-    pairs = figures[f"top_segments_{TOP}"]["ratio_of_visible_pairs"]
-    lines.append(f"visible pairs grow {pairs:.2f} times from {TOP_LENGTHS[0]} to {TOP_LENGTHS[1]} positions")
+            seconds = f"{t['median_s']:9.3f} {t['least_s']:9.3f} {t['most_s']:9.3f}"
+            lines.append(f"{case:24} {name:12} {seconds} {t['median_s'] / first:9.2f}")
+    for case in TOP_CASES:
+        ratios = f"{figures[case]['ratio']:.2f} times the time for {figures[case]['ratio_of_visible_pairs']:.2f} times"
+        lines.append(f"{case}, {TOP_LENGTHS[0]} -> {TOP_LENGTHS[1]}: {ratios} the visible pairs")
     lines.append(f"{'temporary MiB':24} " + " ".join(f"{length:>9}" for length in MEMORY_LENGTHS))
     for what, by_length in figures["temporary_bytes"].items():
         lines.append(f"{what:24} " + " ".join(f"{size / 2**20:9.1f}" for size in by_length.values()))
@@ -81,10 +84,10 @@ def _times(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]
     return {name: spread(seconds) for name, seconds in by_turns(calls, rounds).items()}
 
 
-def _visible_pairs(length: int) -> int:
+def _visible_pairs(length: int, segment_size: int) -> int:
     from pallas_kernels.segmented_attention import Segments
 
-    return Segments(SEGMENT, WINDOW, top=TOP).visible_pairs(length)
+    return Segments(segment_size, segment_size // 2, top=TOP).visible_pairs(length)
 
 
 # ---------------------------------------------------------------- within a worker
@@ -114,14 +117,14 @@ def _arrays(length: int) -> list[Any]:
     return [rng.normal(size=(1, length, HEADS, WIDTH)).astype(np.float32) for _ in range(4)]
 
 
-def _attention(contender: str, top_segments: int | None = None) -> Callable:
+def _attention(contender: str, top_segments: int | None = None, segment_size: int = SEGMENT) -> Callable:
     import jax
 
     from pallas_kernels.segmented_attention import segmented_attention
 
     if contender == "jax_dense":
         return functools.partial(jax.nn.dot_product_attention, is_causal=True)
-    return functools.partial(segmented_attention, segment_size=SEGMENT, window=WINDOW, top_segments=top_segments)
+    return functools.partial(segmented_attention, segment_size=segment_size, top_segments=top_segments)
 
 
 def _with_gradients(attend: Callable) -> Callable:
@@ -141,8 +144,8 @@ def _jax(contender: str, case: str) -> Callable[[], None]:
         length, gradients = AGAINST_FULL[case]
         attend = _attention(contender)
     else:
-        length, gradients = int(case.removeprefix("top_")), False
-        attend = _attention(contender, TOP)
+        (length, size), gradients = map(int, case.split(" of ")), False
+        attend = _attention(contender, TOP, size)
     arrays = [jax.numpy.asarray(x) for x in _arrays(length)]
     call = jax.jit(_with_gradients(attend)) if gradients else jax.jit(lambda q, k, v, _: attend(q, k, v))
     return lambda: jax.block_until_ready(call(*arrays))

@@ -7,13 +7,12 @@ Nothing here runs: programs are compiled for one chip, and what they take of its
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.plans import table
 from benchmarks.timing import ROOT
@@ -34,19 +33,25 @@ class Contender:
 
 def contenders() -> list[Contender]:
     from benchmarks.sparse_layers import block_sparse, dense, sliding_global
-    from pallas_kernels.segmented_attention import segmented_attention
+    from dsjax.nn.masks import Documents, Segmented
+    from dsjax.nn.row_attention import row_attention
 
-    def segmented(window: int) -> Contender:
-        attend = functools.partial(segmented_attention, segment_size=SEGMENT, window=window)
+    def segmented(window: int, shift: Literal["alternate", "heads"]) -> Contender:
+        mask = Segmented(SEGMENT, window, shift).layers(HEADS)[0]
+
+        def attend(q_BTNH: Any, k_BTNH: Any, v_BTNH: Any) -> Any:
+            documents = Documents.single(q_BTNH[:, :, 0, 0])
+            return row_attention(q_BTNH[:, :, :, None], k_BTNH, v_BTNH, documents, mask)[:, :, :, 0]
+
         cached = (LENGTH * window / SEGMENT + SEGMENT) / LENGTH
-        return Contender(f"segmented, w = W/{SEGMENT // window}", attend, cached)
+        by_head = ", by head" if shift == "heads" else ""
+        return Contender(f"segmented, w = W/{SEGMENT // window}{by_head}", attend, cached)
 
     return [
         Contender("dense", dense, 1),
         Contender("block-sparse (BigBird)", block_sparse, 1),
         Contender("sliding window + global", sliding_global, (512 + 64) / LENGTH),
-        segmented(SEGMENT // 2),
-        segmented(SEGMENT // 4),
+        *(segmented(SEGMENT // share, shift) for share in (2, 4) for shift in ("alternate", "heads")),
     ]
 
 

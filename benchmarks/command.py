@@ -88,14 +88,21 @@ def generate(
     tokens: Annotated[int, arg(help="decoded behind each prompt")] = 64,
     large: Annotated[bool, arg(help="only the time to the first token of a 1.3B model; writes 5 GB beside")] = False,
     torch: Annotated[bool, arg(help=f"time transformers too; installs {TRANSFORMERS} into .venv-torch")] = False,
+    drafts: Annotated[str, arg(metavar="RUN", help="only a run's decoding with drafts, beside without")] = "",
 ) -> None:
     """Time decoding and prefill on this CPU, and `dsjax generate` up to its first token, on an idle machine."""
+    from benchmarks import generate_drafts
     from benchmarks.generate import MODELS, compare, first_token_of
     from benchmarks.generate import table as generate_table
 
     target = target_of(json)
     if large:
         show(first_token_of("coder_1.3b"), target)
+        return
+    if drafts:
+        figures = generate_drafts.compare(pathlib.Path(drafts), rounds=rounds)
+        print(generate_drafts.table(figures), file=sys.stderr)
+        show(figures, target)
         return
     models = tuple(MODELS) if model == "all" else (model,)
     python = torch_interpreter(TRANSFORMERS) if torch else ""
@@ -133,12 +140,19 @@ def needles(
     json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
     seeds: Annotated[int, arg(help="models of each kind")] = 4,
     kept: Annotated[str, arg(metavar="FILE", help="a line for each trained model; it goes on from there")] = "",
+    memory: Annotated[str, arg(metavar="FILE", help="figures of attention-memory, for the picture")] = "",
+    picture: Annotated[str, arg(metavar="FILE", help="retention against memory; needs --memory")] = "",
 ) -> None:
     """Train small models that differ in attention alone to find needles; on two idle cores some minutes each."""
-    from benchmarks.needles import study, summary, tables
+    from benchmarks.needles import draw, study, summary, tables
 
     target, lines = target_of(json), target_of(kept) or ROOT / "build" / "needles.jsonl"
+    figures, drawn = target_of(memory), target_of(picture)
+    if drawn is not None and (figures is None or not figures.is_file()):
+        sys.exit(f"--picture needs --memory FILE, written by scripts/bench attention-memory --json; found {memory!r}")
     rows = study(seeds, lines, lambda text: print(text, file=sys.stderr, flush=True))
+    if drawn is not None and figures is not None:
+        draw(rows, json_format.loads(figures.read_text()), drawn)
     print(tables(rows), file=sys.stderr)
     show({"runs": rows, "summary": summary(rows)}, target)
 

@@ -198,3 +198,55 @@ def tables(rows: list[dict[str, Any]]) -> str:
         shares = (f"{line[kind]['right']:.1%}" for kind in KINDS)
         lines.append((variant, f"{line['visible_positions']:.0f}", str(line["seeds"]), *shares, kept))
     return table(head, lines)
+
+
+# ---------------------------------------------------------------- memory beside it
+
+
+def cached_share(variant: str, segments: int = 100) -> float:
+    """Of full attention's decode cache, for a row of so many segments."""
+    attention = VARIANTS[variant]
+    if attention.segmented is not None:
+        assert attention.segmented.window is not None
+        return (1 + attention.segmented.window / SEGMENT * (segments - 1)) / segments
+    return 1.0 if attention.window is None else attention.window / (SEGMENT * segments)
+
+
+def draw(rows: list[dict[str, Any]], memory: dict[str, Any], picture: pathlib.Path) -> None:
+    """What is kept of full attention's retrieval, all kinds together, against memory at 102,400 positions.
+
+    Args:
+        rows: of :func:`study`.
+        memory: of ``scripts/bench attention-memory``: there a segment has 1,024 positions, and a row 100.
+        picture: where it is written.
+    """
+    from matplotlib.figure import Figure
+
+    from dsjax.plan.report import save
+
+    training = {row["layer"]: row["training_bytes"] / 2**30 for row in memory["rows"]}
+    training |= {"full": training["dense"], "sliding window": training["sliding window + global"]}
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for variant, line in summary(rows).items():
+        kept = np.mean([line[kind]["kept"] for kind in KINDS])
+        low, high = (np.mean([line[kind]["interval"][i] for kind in KINDS]) for i in (0, 1))
+        points = [(left, cached_share(variant))]
+        if variant in training:
+            points.append((right, training[variant]))
+        for axis, x in points:
+            error = [[max(kept - low, 0)], [max(high - kept, 0)]]
+            axis.errorbar([x], [kept], yerr=error, fmt="o", capsize=3)
+            name = variant.removeprefix("segmented, ")
+            axis.annotate(name, (x, kept), (4, -10), textcoords="offset points", fontsize=7)
+    left.axhline(0.91, color="gray", linestyle="--")
+    right.axhline(0.91, color="gray", linestyle="--", label="91 %")
+    peer = training["block-sparse (BigBird)"]
+    right.axvline(0.38 * peer, color="gray", linestyle=":", label="62 % below a block-sparse layer")
+    left.set(xlabel="decode cache, share of full attention's", ylabel="retrieval, share of full attention's")
+    right.set(xlabel="a training step of one layer, GiB", xscale="log")
+    left.set_ylim(0, 1.05)
+    right.legend(loc="lower right")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    save(figure, picture)

@@ -40,6 +40,9 @@ LATENT = {
     "first_k_dense_replace": 1,
 }
 
+# Of few heads often none is positive: scores of 0, and of equal ones PyTorch chooses any.
+V32 = LATENT | {"n_group": 4, "topk_group": 2, "index_topk": 10, "index_n_heads": 16, "index_head_dim": 12}
+
 
 def yarn(**more: Any) -> dict[str, Any]:
     base = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -115,6 +118,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         LATENT | yarn(mscale=1.0, mscale_all_dim=0.5, beta_fast=8) | {"n_group": 2, "topk_group": 2},
     ),
+    "v3.2, 10 of 40 positions": ("deepseek_v32", V32 | yarn(mscale=1.0, mscale_all_dim=1.0)),
+    "v3.2, all positions": ("deepseek_v32", V32 | {"index_topk": 64}),
     "v3, linear": (
         "deepseek_v3",
         LATENT
@@ -127,11 +132,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str, folder: pathlib.Path) -> None:
-    """One model: its folder, and in ``reference.npz`` what it gives: logits, loss, gradients, greedy tokens."""
-    kind, fields = VARIANTS[name]
-    torch.manual_seed(sum(map(ord, name)))
-    config = transformers.AutoConfig.for_model(kind, **(SMALL | fields))
+def random_model(kind: str, fields: dict[str, Any], seed: int) -> Any:
+    """A model whose weights, norms and biases all matter."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(kind, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
     with torch.no_grad():
         for tensor_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -141,6 +145,14 @@ def make(name: str, folder: pathlib.Path) -> None:
                 tensor.copy_(0.2 * torch.randn_like(tensor))
             elif tensor.ndim >= 2:
                 tensor.copy_(1.3 * torch.randn_like(tensor) * tensor.shape[-1] ** -0.5)
+    return model
+
+
+def make(name: str, folder: pathlib.Path) -> None:
+    """One model: its folder, and in ``reference.npz`` what it gives: logits, loss, gradients, greedy tokens."""
+    kind, fields = VARIANTS[name]
+    model = random_model(kind, SMALL | fields, sum(map(ord, name)))
+    config = model.config
     model.save_pretrained(folder)
     ids = torch.randint(2, config.vocab_size, (2, 40))
     out = model(ids, labels=ids)

@@ -4,9 +4,8 @@
     dsjax train configs/deepseek_v2_lite.py --run runs/deepseek_v2_lite
 
 15.7B parameters in all, 2.7B active, embeddings included. Latent attention of 16 heads, queries straight from the
-input.
-One dense layer, then 26 of 64 experts, top-6 by softmax and not normalised, and two shared ones; balanced within each
-sequence.
+input. One dense layer, then 26 of 64 experts, top-6 by softmax and not normalised, and two shared ones; balanced within
+each sequence.
 
 Result: not yet run; planned in docs/plan.md.
 """

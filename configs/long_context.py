@@ -3,8 +3,8 @@
     dsjax train configs/long_context.py --run runs/long_context
     dsjax plan configs/long_context.py --topology v5e:2x4 --mode decode --length 131072 --mesh data=1,tensor=8
 
-A position sees its own segment, and of each earlier one the last 512 positions; odd layers cut the row 512 positions
-earlier. The decode cache is half of what full attention keeps.
+A position sees its own segment, and of each earlier one the last 512 positions; of two key/value heads one cuts the row
+512 positions earlier, so that each layer sees every position. The decode cache is half of what full attention keeps.
 
 Result: not yet run.
 """
@@ -21,7 +21,12 @@ from dsjax.train.pretrain import Pretrain, TrainConfig
 
 def get_config() -> Pretrain:
     attention = AttentionConfig(
-        num_heads=8, num_kv_heads=8, head_dim=64, rope_theta=500_000.0, qk_norm=True, segmented=Segmented(1024)
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        rope_theta=500_000.0,
+        qk_norm=True,
+        segmented=Segmented(1024, shift="heads"),
     )
     return Pretrain(
         model=DecoderConfig(

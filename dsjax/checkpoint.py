@@ -309,15 +309,15 @@ class Checkpoints:
         self.newest = step
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves), host, step
 
-    def restore_part(self, arrays: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+    def restore_part(self, arrays: dict[str, Any], step: int | None = None, *, again: bool = False) -> dict[str, Any]:
         """Some arrays of the latest checkpoint (or of ``step``), verified, each cast to the type asked for.
 
-        ``arrays``: by name, abstract; shardings say where each goes.
+        ``arrays``: by name, abstract; shardings say where each goes. ``again``: ``step`` is known to verify.
 
         Raises:
             UserError: there is no checkpoint, or an array is missing or has another shape.
         """
-        step, body = self._body(step)
+        step, body = self._body(step) if step is None or not again else (step, self._read(step))
         for name, array in arrays.items():
             there = body["arrays"].get(name)
             if there is None or tuple(there["shape"]) != array.shape:

@@ -131,6 +131,9 @@ def generate(
         float, arg(metavar="X", help="sample from tokens of at least this share of the likeliest one's probability")
     ] = 0.0,
     seed: Annotated[int, arg(metavar="N", help="the same seed, the same samples")] = 0,
+    draft: Annotated[
+        int, arg(metavar="N", help="tokens that the model's own MTP modules draft in a step; the text is the same")
+    ] = 0,
     mesh: Annotated[str, arg(metavar="AXIS=N,...", help="devices along each mesh axis; default: one device")] = "",
     dtype: Annotated[
         Literal["", "float32", "bfloat16"], arg(help="of weights and activations; default: as they are stored")
@@ -151,7 +154,7 @@ def generate(
     text = read_prompt(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     is_run = (pathlib.Path(folder) / "checkpoints").is_dir()
     sampling = SamplingConfig(temperature, top_k, top_p, min_p)
-    options = Options(text, chat, system, max_tokens, n, stop, sampling, seed, is_run, json, quiet)
+    options = Options(text, chat, system, max_tokens, n, stop, sampling, seed, is_run, json, quiet, draft)
     options.check()
     start_jax()
     from dsjax.loaded import load

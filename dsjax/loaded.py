@@ -230,8 +230,9 @@ def _from_hf(path: pathlib.Path, dtype: Any, mesh: Any) -> LoadedModel:
     fields = read_json(path / "config.json")
     if not isinstance(fields, dict):
         raise UserError(f"{path / 'config.json'} holds a {type(fields).__name__}, not an object")
-    config = config_from_hf(fields)
-    arrays = read_arrays(TensorFiles(path), fields, config)
+    files = TensorFiles(path)
+    config = config_from_hf(fields, files)
+    arrays = read_arrays(files, fields, config)
     halves = {str(x.dtype) for name, x in arrays.items() if name.endswith("embedding")} == {"bfloat16"}
     compute = ComputeConfig(dtype=dtype or ("bfloat16" if halves else "float32"))
     abstract = nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0)))

@@ -6,6 +6,7 @@ It holds ``config.json``, ``data.json`` (the digest of each file that it is trai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,17 +17,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from flax import nnx, traverse_util
 
+from dsjax import manifest
 from dsjax.checkpoint import Checkpoints, path_name
 from dsjax.config import UserError, from_dict, read_json, to_dict
 from dsjax.data.corpus import changed_documents
 from dsjax.data.prepare import Corpus
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
-from dsjax.manifest import make_folder
+from dsjax.manifest import Damaged, make_folder
 from dsjax.metrics import write_atomic
 from dsjax.models.decoder import Decoder
-from dsjax.sharding import joined, split_variables
+from dsjax.nn.lora import target_of, tuned
+from dsjax.sharding import joined, logical_axes, sides, split_variables
 
 
 def cache_dir() -> pathlib.Path:
@@ -134,6 +138,55 @@ class RunFolder:
             raise UserError(f"{self.path} has no checkpoint yet; train it first")
         return Checkpoints(self.checkpoints, read_only=True)
 
+    def base(self) -> Base | None:
+        """The checkpoint beside whose weights its pairs are trained; None: it has no pairs, or no checkpoint yet."""
+        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        for step in sorted((int(p.name) for p in folders if p.name.isdecimal()), reverse=True):
+            with contextlib.suppress(Damaged):
+                about = manifest.read(self.checkpoints / str(step))
+                return Base(**about["base"]) if "base" in about else None
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A checkpoint whose weights stay as they are, while pairs beside them are trained and saved alone.
+
+    Attributes:
+        path: of its run, absolute.
+        step: its number.
+        sha256: that its manifest states, and so of every byte.
+    """
+
+    path: str
+    step: int
+    sha256: str
+
+    @classmethod
+    def at(cls, run: RunFolder, step: int) -> Base:
+        """The one of a run's ``step``."""
+        return cls(str(run.path.resolve()), step, manifest.seal(manifest.read(run.checkpoints / str(step))))
+
+    def run(self, said: str) -> RunFolder:
+        """Its run, where ``said`` says or where it was.
+
+        Raises:
+            UserError: it is at neither, or another one.
+        """
+        why = ""
+        for path in (said, self.path):
+            run = RunFolder(pathlib.Path(path))
+            try:
+                if manifest.seal(manifest.read(run.checkpoints / str(self.step))) == self.sha256:
+                    return run
+                why = f"checkpoint {self.step} there is another one now"
+            except Damaged as error:
+                why = str(error) if run.path.is_dir() else "there is no such folder"
+        raise UserError(
+            f"the pairs were trained beside checkpoint {self.step} of {self.path}: {why}; bring it back, or name the"
+            " folder where it is now as train.start_from"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -156,6 +209,8 @@ def load_model(run: RunFolder) -> LoadedModel:
     checkpoints = run.open_checkpoints()
     tokenizer = load_tokenizer(run.tokenizer, end_token=config.data.end_token)
     arrays, _, step = checkpoints.load_numpy()
+    if (base := run.base()) is not None:
+        arrays |= _with_base(config, arrays, base)
     if checkpoints.about(step).get("tokenizer_sha256") != hashlib.sha256(run.tokenizer.read_bytes()).hexdigest():
         raise UserError(f"{run.tokenizer} is not the tokenizer that checkpoint {step} of {run.path} was trained with")
     abstract = nnx.eval_shape(lambda: Decoder(config.model, config.compute, rngs=nnx.Rngs(0)))
@@ -169,3 +224,22 @@ def load_model(run: RunFolder) -> LoadedModel:
 
     found = jax.tree_util.tree_map_with_path(take, {"params": params, "buffers": buffers})
     return LoadedModel(graph, joined(found["params"], found["buffers"]), tokenizer, config, step)
+
+
+def _with_base(config: Any, arrays: dict[str, np.ndarray], base: Base) -> dict[str, np.ndarray]:
+    """The parameters of the base, with the products of the pairs in ``arrays`` added; by name, float32."""
+    with contextlib.closing(base.run(config.train.start_from).open_checkpoints()) as checkpoints:
+        weights = checkpoints.load_numpy(base.step)[0]
+    abstract = nnx.eval_shape(lambda: Decoder(config.model, config.compute, rngs=nnx.Rngs(0)))
+    found = {}
+    for path, axes in traverse_util.flatten_dict(logical_axes(abstract, nnx.Param)).items():
+        name = "/".join(("params", *path))
+        if name not in weights:
+            continue  # told of by who takes it
+        x = weights[name].astype(np.float32)
+        if target_of(path, axes) is not None:
+            pair = [arrays[f"{name}/{part}"] for part in "ab"] if f"{name}/a" in arrays else []
+            for index in np.ndindex(x.shape[: sides(axes)[0][0]]):
+                x[index] = tuned(config.lora, x[index], [part[index] for part in pair])
+        found[name] = x
+    return found

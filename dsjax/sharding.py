@@ -93,8 +93,10 @@ class Rules:
     kv_heads: tuple[str, ...] = ("tensor",)
     heads_per_kv: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("tensor",)
+    index_heads: tuple[str, ...] = ()
     latent: tuple[str, ...] = ("fsdp",)
     rank: tuple[str, ...] = ()
+    low_rank: tuple[str, ...] = ()  # of a pair of thin matrices: see dsjax.nn.lora
     head_dim: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("tensor",)
     expert: tuple[str, ...] = ("expert",)
@@ -263,6 +265,21 @@ def param(
         return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
     assert fan_in is not None
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * (scale * fan_in**-0.5), axes=axes)
+
+
+SIDES = ("low_rank", "embed", "latent")  # what a matrix maps from or to: the first that it has
+
+
+def sides(axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which dimensions of a weight are a matrix's inputs and which its outputs; the others stack matrices.
+
+    ``axes`` has one of :data:`SIDES`. Inputs stand in front of outputs; a matrix has one dimension on that side.
+    """
+    inner = [i for i, name in enumerate(axes) if name not in ("layers", "expert", "halves")]
+    side = next(axes.index(name) for name in SIDES if name in axes)
+    others = tuple(i for i in inner if i != side)
+    reads = side == inner[0]  # else it writes to that side
+    return ((side,), others) if reads else (others, (side,))
 
 
 class Buffer(nnx.Variable):

@@ -16,6 +16,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from dsjax.config import apply_overrides, load_config
 from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
+from dsjax.nn.indexer import IndexerConfig
+from dsjax.nn.latent_attention import LatentAttentionConfig
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.sharding import MESH_AXES, MeshConfig, Rules, logical_axes
@@ -31,6 +33,13 @@ def small_moe() -> DecoderConfig:
     experts = MoEConfig(num_experts=8, top_k=2, d_ff=32, num_shared_experts=1, bias_update_rate=1e-3)
     groups = (LayerGroup(MLPConfig(d_ff=128), attention, num_layers=1), LayerGroup(experts, attention))
     return DecoderConfig(vocab_size=512, d_model=64, num_layers=3, groups=groups)
+
+
+def small_indexed() -> DecoderConfig:
+    """Two layers of latent attention with an indexer, sized likewise."""
+    indexer = IndexerConfig(num_heads=8, head_dim=16, top_k=64)
+    attention = LatentAttentionConfig(8, q_rank=32, kv_rank=32, nope_dim=16, rope_dim=8, v_dim=16, indexer=indexer)
+    return DecoderConfig(512, 64, 2, (LayerGroup(MLPConfig(d_ff=128), attention),))
 
 
 def abstract_mesh(override: str) -> AbstractMesh:
@@ -65,8 +74,10 @@ def table(cfg: DecoderConfig) -> str:
 def generated() -> str:
     """All that stands between the markers, which are included."""
     tiny = load_config(pathlib.Path(__file__).parent.parent / "configs" / "tiny.py").model
-    parts = (BEGIN, "### configs/tiny.py", table(tiny))
-    return "\n\n".join((*parts, "### One dense layer, then two layers of experts", table(small_moe()), END))
+    parts = [BEGIN, "### configs/tiny.py", table(tiny)]
+    parts += ["### One dense layer, then two layers of experts", table(small_moe())]
+    parts += ["### Latent attention with an indexer", table(small_indexed()), END]
+    return "\n\n".join(parts)
 
 
 def replace_section(text: str) -> str:

@@ -14,6 +14,7 @@ from dsjax.tensor_files import DTYPES, INDEX, SINGLE
 ORACLES = pathlib.Path(__file__).parent / "oracles"
 Tensors = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
+SIGMOID = ("deepseek_v3", "deepseek_v32")  # their routers
 
 
 def llama(**fields: Any) -> dict[str, Any]:
@@ -50,11 +51,13 @@ def deepseek(kind: str = "deepseek_v3", **fields: Any) -> dict[str, Any]:
         "qk_rope_head_dim": 4,
         "v_head_dim": 10,
         "routed_scaling_factor": 1.5,
-        "norm_topk_prob": kind == "deepseek_v3",
-        "scoring_func": "sigmoid" if kind == "deepseek_v3" else "softmax",
-        "topk_method": "noaux_tc" if kind == "deepseek_v3" else "group_limited_greedy",
+        "norm_topk_prob": kind in SIGMOID,
+        "scoring_func": "sigmoid" if kind in SIGMOID else "softmax",
+        "topk_method": "noaux_tc" if kind in SIGMOID else "group_limited_greedy",
     }
     del config["head_dim"]
+    if kind == "deepseek_v32":
+        config |= {"index_n_heads": 3, "index_head_dim": 8, "index_topk": 5}
     return config | fields
 
 
@@ -80,6 +83,10 @@ def _attention(c: dict[str, Any]) -> Shapes:
     else:
         shapes = {"q_a_proj.weight": (Q, D), "q_a_layernorm.weight": (Q,), "q_b_proj.weight": (N * (nope + rope), Q)}
     shapes |= {"kv_a_proj_with_mqa.weight": (R + rope, D), "kv_a_layernorm.weight": (R,)}
+    if "index_topk" in c:
+        h, d = c["index_n_heads"], c["index_head_dim"]
+        shapes |= {"indexer.wq_b.weight": (h * d, Q), "indexer.wk.weight": (d, D), "indexer.k_norm.weight": (d,)}
+        shapes |= {"indexer.k_norm.bias": (d,), "indexer.weights_proj.weight": (h, D)}
     return shapes | {"kv_b_proj.weight": (N * (nope + v), R), "o_proj.weight": (D, N * v)}
 
 
@@ -92,7 +99,7 @@ def _feed_forward(c: dict[str, Any], layer: int) -> Shapes:
     if E is None or layer < c["first_k_dense_replace"]:
         return _mlp(D, c["intermediate_size"])
     F, shapes = c["moe_intermediate_size"], {"gate.weight": (E, D)}
-    if c["model_type"] == "deepseek_v3":
+    if c["model_type"] in SIGMOID:
         shapes["gate.e_score_correction_bias"] = (E,)
     for expert in range(E):
         shapes |= {f"experts.{expert}.{name}": shape for name, shape in _mlp(D, F).items()}
@@ -137,11 +144,11 @@ def random_tensors(c: dict[str, Any], *, dtype: Any = np.float32, seed: int = 0)
     return out
 
 
-PLAIN = ("gate.weight", "eh_proj.weight", "embed_tokens.weight", "shared_head.head.weight")  # never in 8 bits
+PLAIN = ("gate.weight", "eh_proj.weight", "embed_tokens.weight", "shared_head.head.weight", "weights_proj.weight")
 
 
 def in_8_bits(tensors: Tensors, block: int = 128) -> Tensors:
-    """As DeepSeek-V3 is stored: every matrix of a layer but the router's in float8_e4m3fn, with scales of its blocks.
+    """As DeepSeek-V3 is stored: the matrices of layers but PLAIN in float8_e4m3fn, with scales of their blocks.
 
     Written down number by number: scale = largest / 448, value = number / scale.
     """

@@ -27,7 +27,7 @@ from dsjax.convert.run_tensors import RunTensors
 from dsjax.runs import RunFolder, load_model
 from dsjax.tensor_files import TensorFiles
 
-NAMES = ("llama_mha", "llama_coder_lin4", "v2_lite_yarn", "v3", "v3_yarn")
+NAMES = ("llama_mha", "llama_coder_lin4", "v2_lite_yarn", "v3", "v3_yarn", "v32")
 
 
 def there_and_back(source: pathlib.Path, folder: pathlib.Path, **options: Any) -> tuple[pathlib.Path, pathlib.Path]:
@@ -76,6 +76,23 @@ def test_latent_attention_multiplies_by_the_matrices_of_the_file(interleaved: bo
     np.testing.assert_allclose(np.einsum("TR,RNH->TNH", kv, ours["w_v_up"]), v, rtol=1e-5, atol=1e-6)
     out = v.reshape(5, 40) @ tensors[prefix + "o_proj.weight"].T
     np.testing.assert_allclose(np.einsum("TNH,NHD->TD", v, ours["w_out"]), out, rtol=1e-5, atol=1e-6)
+
+
+def test_an_indexer_multiplies_by_the_matrices_of_the_file() -> None:
+    """No channel has another place: the rotary ones are first, half apart, in the file as in the decoder."""
+    config = deepseek("deepseek_v32")
+    tensors = random_tensors(config)
+    arrays, prefix = arrays_of(config, tensors), "model.layers.2.self_attn.indexer."
+    ours = {name: arrays[f"params/group_1/attention/indexer/{name}"][1] for name in ("w_q", "w_k", "w_heads")}
+    latent = np.random.default_rng(2).standard_normal((5, 14)).astype(np.float32)
+    q = (latent @ tensors[prefix + "wq_b.weight"].T).reshape(5, 3, 8)
+    np.testing.assert_allclose(np.einsum("TQ,Qhd->Thd", latent, ours["w_q"]), q, rtol=1e-5, atol=1e-6)  # f32 sums
+    np.testing.assert_array_equal(ours["w_k"], tensors[prefix + "wk.weight"].T)
+    np.testing.assert_array_equal(ours["w_heads"], tensors[prefix + "weights_proj.weight"].T)
+    for name in ("scale", "bias"):
+        of = "weight" if name == "scale" else name
+        found = arrays[f"params/group_1/attention/indexer/k_norm/{name}"][1]
+        np.testing.assert_array_equal(found, tensors[f"{prefix}k_norm.{of}"])
 
 
 def test_grouped_queries_and_their_biases_are_those_of_the_file() -> None:
@@ -137,7 +154,7 @@ def models(draw: Any) -> dict[str, Any]:
         "num_attention_heads": heads,
         "tie_word_embeddings": draw(st.booleans()),
     }
-    kind = draw(st.sampled_from(["llama", "qwen2", "deepseek", "deepseek_v2", "deepseek_v3"]))
+    kind = draw(st.sampled_from(["llama", "qwen2", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32"]))
     experts = {"n_routed_experts": draw(st.sampled_from([4, 8])), "n_shared_experts": number(1, 2)}
     experts |= {"first_k_dense_replace": number(0, 2), "num_experts_per_tok": number(1, 2)}
     if kind in ("llama", "qwen2"):
@@ -147,6 +164,8 @@ def models(draw: Any) -> dict[str, Any]:
     latent = {"q_lora_rank": draw(st.sampled_from([None, 5, 12])), "kv_lora_rank": number(3, 20)}
     latent |= {"qk_nope_head_dim": number(1, 9), "qk_rope_head_dim": 2 * number(1, 4), "v_head_dim": number(1, 12)}
     latent |= {"rope_interleave": draw(st.booleans())} if kind == "deepseek_v3" else {}
+    if kind == "deepseek_v32":
+        latent |= {"q_lora_rank": 12, "index_n_heads": number(1, 3), "index_head_dim": 8 + number(0, 3)}
     groups = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
     latent |= {"n_group": groups[0], "topk_group": groups[1], "num_key_value_heads": heads}
     return deepseek(kind) | common | experts | latent

@@ -41,8 +41,8 @@ def by_definition(x: np.ndarray, scale: np.ndarray, block: int) -> np.ndarray:
     return out.astype(BF16)
 
 
-def model(**fields: Any) -> tuple[dict[str, Any], Tensors]:
-    config = deepseek(**(QUANTIZED | fields))
+def model(kind: str = "deepseek_v3", **fields: Any) -> tuple[dict[str, Any], Tensors]:
+    config = deepseek(kind, **(QUANTIZED | fields))
     return config, in_8_bits(random_tensors(config, dtype=BF16), BLOCK)
 
 
@@ -85,6 +85,8 @@ def test_new_scales_bring_the_largest_number_of_each_block_to_448() -> None:
         part = x[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].astype(np.float32)
         assert scale[i, j] == np.float32(np.abs(part).max() / np.float32(448))
     assert scale[1, 2] == 1
+    powers = scales_for(x, (8, 8), powers_of_two=True)
+    assert np.all(np.log2(powers) == np.ceil(np.log2(scale)))  # the next above: nothing is more than 448
     back = dequantize(quantize(x, scale, (8, 8)), scale, (8, 8)).astype(np.float32)
     # 3 bits behind the point: half of the last is 1/16 of a number, or of the smallest normal one, 2**-6 of a scale.
     bound = np.maximum(np.abs(x.astype(np.float32)), scale.max() * 2.0**-6) / 16 * 1.01  # bfloat16 rounds once more
@@ -126,10 +128,13 @@ def test_a_run_without_scales_gives_a_folder_in_bfloat16(tmp_path: pathlib.Path)
     assert index["metadata"]["total_size"] == sum(files[name].nbytes for name in files)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v32"])
 def test_kept_weights_come_back_byte_for_byte(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, tensors = model(num_nextn_predict_layers=1)
+    config, tensors = model(kind, num_nextn_predict_layers=1)
+    eight_bit = [name for name in tensors if "indexer" in name and tensors[name].dtype == FP8]
+    assert len(eight_bit) == (8 if kind == "deepseek_v32" else 0)  # two matrices of each layer, the module's included
     source = write_folder(tmp_path / "source", config, tensors, shards=3)
     middle = convert(source, tmp_path / "run", keep_fp8=True)
     assert content(convert(middle, tmp_path / "back")) == content(source)
@@ -180,6 +185,7 @@ def test_a_scale_that_does_not_fit_is_named(change: dict[str, Any], said: str, t
     [
         ({"quant_method": "awq", "bits": 4}, "quantization_config.quant_method is 'awq'; weights are plain or 'fp8'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]; it must be two numbers"),
+        ({"quant_method": "fp8", "scale_fmt": "e5m2"}, "quantization_config.scale_fmt is 'e5m2'; scales are float or"),
         ("int8", "quantization_config.quant_method is 'int8'"),
     ],
 )

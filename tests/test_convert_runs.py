@@ -216,9 +216,12 @@ def test_weights_are_exported_in_the_type_and_files_that_are_asked_for(
     assert json.loads((back / INDEX).read_text())["metadata"]["total_size"] == total
 
 
-def test_trained_weights_become_8_bit_again_where_it_is_asked_for(tmp_path: pathlib.Path) -> None:
-    quantized = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 8]}
-    config = deepseek(quantization_config=quantized, torch_dtype="bfloat16")
+@pytest.mark.parametrize(("kind", "scales"), [("deepseek_v3", "float"), ("deepseek_v32", "ue8m0")])
+def test_trained_weights_become_8_bit_again_where_it_is_asked_for(
+    kind: str, scales: str, tmp_path: pathlib.Path
+) -> None:
+    quantized = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": scales, "weight_block_size": [8, 8]}
+    config = deepseek(kind, quantization_config=quantized, torch_dtype="bfloat16")
     tensors = in_8_bits(random_tensors(config, dtype=BF16), 8)
     source = write_folder(tmp_path / "source", config, tensors)
     folder = convert(source, tmp_path / "run", keep_fp8=True)
@@ -232,6 +235,8 @@ def test_trained_weights_become_8_bit_again_where_it_is_asked_for(tmp_path: path
     }
     assert files[same].tobytes() == tensors[same].tobytes()
     assert files[same + "_scale_inv"].tobytes() == tensors[same + "_scale_inv"].tobytes()
+    new = [files[name] for name in files if name.endswith("_scale_inv") and not name.startswith(same)]
+    assert all(np.all(np.frexp(scale)[0] == 0.5) for scale in new) == (scales == "ue8m0")  # powers of two
     found = read_arrays(files, config, config_from_hf(config))
     for name, x in found.items():
         # Of 8 bits, 3 stand behind the point: at most 1/16 off, or the same share of the smallest normal number.

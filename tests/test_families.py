@@ -19,6 +19,7 @@ from dsjax.convert.families import config_from_hf, hf_config
 from dsjax.models.decoder import DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.history import CopyConfig
+from dsjax.nn.indexer import IndexerConfig
 from dsjax.nn.latent_attention import LatentAttentionConfig
 from dsjax.nn.masks import Segmented
 from dsjax.nn.mlp import MLPConfig
@@ -162,7 +163,7 @@ ROPES = [
 
 @st.composite
 def hf_configs(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(["llama", "qwen2", "deepseek", "deepseek_v2", "deepseek_v3"]))
+    kind = draw(st.sampled_from(["llama", "qwen2", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32"]))
     found = LLAMA | {"model_type": kind, "num_key_value_heads": 4, "tie_word_embeddings": draw(st.booleans())}
     found |= draw(st.sampled_from(ROPES)) | {"rms_norm_eps": draw(st.sampled_from([1e-5, 1e-6]))}
     if kind in ("llama", "qwen2"):
@@ -186,6 +187,9 @@ def hf_configs(draw: st.DrawFn) -> dict[str, Any]:
     if kind == "deepseek_v2":
         limited = "group_limited_greedy" if groups > 1 else "greedy"
         return found | {"topk_method": limited, "norm_topk_prob": False}
+    if kind == "deepseek_v32":
+        found |= {"q_lora_rank": 5, "index_n_heads": draw(st.sampled_from([1, 3])), "index_head_dim": 6}
+        found |= {"index_topk": draw(st.sampled_from([4, 2048]))}
     return found | {"norm_topk_prob": draw(st.booleans())}
 
 
@@ -196,6 +200,7 @@ def test_a_config_comes_back_as_it_was(hf: dict[str, Any]) -> None:
     again = hf_config(config, max_length=hf.get("max_position_embeddings", 2048), end_ids=(1,))
     dense = all(isinstance(group.ffn, MLPConfig) for group in config.groups)
     assert again["model_type"] == (hf["model_type"] if not dense or hf["model_type"] in ("llama", "qwen2") else
+                                   "deepseek_v32" if "index_topk" in hf else
                                    "deepseek_v3" if "kv_lora_rank" in hf else "llama")  # fmt: skip
     assert config_from_hf(json.loads(json.dumps(again))) == config
 
@@ -217,12 +222,24 @@ V3_671B = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("hf", "total", "active"), [(V2_LITE, 15.7e9, 2.66e9), (V3_671B, 671e9, 37.6e9)])
+# An indexer of 13.97 million parameters in each of 61 layers.
+V32 = V3_671B | {"model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+
+
+@pytest.mark.parametrize(
+    ("hf", "total", "active"),
+    [(V2_LITE, 15.7e9, 2.66e9), (V3_671B, 671e9, 37.6e9), (V32, 671e9 + 0.852e9, 37.6e9 + 0.852e9)],
+)
 def test_published_shapes_have_the_published_numbers_of_parameters(hf: dict, total: float, active: float) -> None:
     """DeepSeek states 15.7B, and 671B with 37B active; V2-Lite's 2.4B leave the input embedding out."""
     config = config_from_hf(hf)
     assert config.num_params() == pytest.approx(total, rel=0.005)
     assert config.num_active_params() == pytest.approx(active, rel=0.01)
+
+
+def test_an_indexer_adds_its_matrices_and_its_norm_to_every_layer() -> None:
+    more = config_from_hf(V32).num_params() - config_from_hf(V3_671B).num_params()
+    assert more == 61 * (1536 * 64 * 128 + 7168 * (128 + 64) + 2 * 128)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +275,10 @@ def test_ropes_are_read_in_both_spellings(hf: dict[str, Any], scaling: Any) -> N
         (V3 | {"scoring_func": "softmax"}, "scoring_func is 'softmax'; dsjax has 'sigmoid'"),
         (V3 | {"n_group": 3}, "num_groups is 3; it must divide num_experts"),
         (V3 | {"moe_layer_freq": 2}, "moe_layer_freq is 2; dsjax has 1"),
+        (V32 | {"rope_interleave": False}, "rope_interleave is False; dsjax has True"),
+        (V32 | {"mlp_layer_types": ["sparse"] * 61}, r"mlp_layer_types is \['sparse'"),
+        (V32 | {"layer_types": ["full_attention"] * 61}, r"layer_types is \['full_attention'"),
+        (V32 | {"q_lora_rank": None}, "q_rank is none; an indexer makes its queries"),
         (MOE_16B | {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
     ],
 )
@@ -286,6 +307,8 @@ SOFTMAX = MoEConfig(normalize_weights=False)
         (with_layers(dataclasses.replace(SOFTMAX, num_groups=2), FULL), "with groups of experts"),
         (with_layers(MoEConfig(), LATENT), "normalised weights of a softmax router"),
         (with_layers(MoEConfig(scoring="sigmoid"), LATENT), "without a selection bias"),
+        (with_layers(SOFTMAX, dataclasses.replace(LATENT, q_rank=8, indexer=IndexerConfig())), "an indexer beside"),
+        (with_layers(DENSE, dataclasses.replace(LATENT, q_rank=8, indexer=IndexerConfig(warm_up=True))), "warming up"),
         (
             DecoderConfig(32, 16, 2, (LayerGroup(SOFTMAX, FULL, num_layers=1), LayerGroup(DENSE, FULL))),
             "more than dense layers and then layers of experts",

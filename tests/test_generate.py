@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
+import re
 import types
 from typing import Any
 
@@ -22,6 +24,7 @@ from dsjax.infer.command import Options, run
 from dsjax.infer.requests import Completion, Request
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.models.decoder import DecoderConfig, LayerGroup
+from dsjax.models.multi_token import MultiTokenConfig
 from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.mlp import MLPConfig
 from dsjax.sharding import MeshConfig, make_mesh
@@ -103,6 +106,27 @@ def test_json_has_a_line_for_each_sample(capsys: pytest.CaptureFixture[str]) -> 
     for line in lines:
         of = want[line.pop("sample")]
         assert line == {"text": of.text, "tokens": of.tokens, "log_probs": of.log_probs, "finish": "stop"}
+
+
+def test_drafts_change_no_text_and_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.replace(CONFIG, multi_token=MultiTokenConfig())
+    drafting = {"graph": graph(config), "params": weights(config)}
+    asked = Options(PROMPT, n=2, max_tokens=12, sampling=HOT)
+    plain, _ = printed(capsys, asked, **drafting)
+    out, err = printed(capsys, dataclasses.replace(asked, draft=2), **drafting)
+    assert out == plain
+    told = re.search(r"; accepted (\d+)% of 2 drafts a step, (\d\.\d) tokens a step\n$", err)
+    assert told
+    out, _ = printed(capsys, dataclasses.replace(asked, draft=2, json=True), **drafting)
+    drafted, accepted, steps = (
+        sum(json.loads(line)[name] for line in out.splitlines()) for name in ("drafted", "accepted", "steps")
+    )
+    assert drafted == 2 * steps
+    assert (told[1], told[2]) == (f"{100 * accepted / drafted:.0f}", f"{1 + accepted / steps:.1f}")
+    with pytest.raises(UserError, match="draft is 2, but the model has no module of multi-token prediction"):
+        printed(capsys, dataclasses.replace(asked, draft=2))
+    with pytest.raises(UserError, match="--draft is -1; it must be at least 0"):
+        Options(PROMPT, draft=-1).check()
 
 
 def test_a_chat_is_written_down_by_the_template(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,7 @@ def test_batches_hold_equally_many_tokens_and_ask_in_turn() -> None:
     for kind in KINDS:
         batch = next(found)
         assert batch.tokens_BT.size == needles.ROW_TOKENS
-        assert float(jnp.sum(batch.loss_weight_BT)) == 64 * 3 * (1 if kind == "one" else 2)
+        assert float(jnp.sum(batch.loss_weight_BT)) == 32 * 3 * (1 if kind == "one" else 2)
 
 
 def test_summary_by_hand() -> None:
@@ -54,6 +56,28 @@ def test_summary_by_hand() -> None:
     assert line["kept"] == pytest.approx(0.5)
     assert line["interval"] == pytest.approx([0.5, 0.5])
     assert "| strided | 1 | 2 | 45.0% |" in needles.tables(rows)
+
+
+def test_what_a_cache_holds_by_hand() -> None:
+    shares = {variant: needles.cached_share(variant, segments=8) for variant in needles.VARIANTS}
+    assert shares["full"] == shares["strided"] == 1
+    assert shares["segmented, w = W/4, by head"] == shares["segmented, w = W/4, by layer"] == 1 / 8 + 7 / 8 / 4
+    assert shares["sliding window"] == 176 / 512
+    for variant in ("full", "segmented, w = W/2, by head"):  # as the model itself says
+        ours, full = (needles.model_config(v).kv_bytes(needles.FULL_LENGTH) for v in (variant, "full"))
+        assert ours / full == pytest.approx(shares[variant], rel=0.02)  # states of the convolution beside
+
+
+def test_the_picture_is_drawn(tmp_path: pathlib.Path) -> None:
+    layers = ("dense", "block-sparse (BigBird)", "sliding window + global", "segmented, w = W/4, by head")
+    memory = {"rows": [{"layer": name, "training_bytes": 2.0**n} for n, name in enumerate(layers, 30)]}
+    rows = [
+        {"variant": v, "seed": seed, "right": dict.fromkeys(KINDS, 0.5), "visible_positions": 1.0}
+        for v in ("full", "sliding window", "segmented, w = W/4, by head")
+        for seed in range(2)
+    ]
+    needles.draw(rows, memory, tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_energy_of_decoding_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Callable
 
 import nbclient
@@ -60,3 +61,17 @@ def test_the_plan_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     assert "best of the 2 compiled" in printed
     results = "".join(output.get("data", {}).get("text/plain", "") for output in outputs)
     assert "bound by memory traffic: at most" in results
+
+
+@forgiving_the_tools
+def test_the_checkpoint_goes_there_and_back(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, printed = run("04_checkpoints", tmp_path, monkeypatch)
+    assert any("image/png" in output.get("data", {}) for output in outputs), "the likeliest tokens are plotted"
+    values = [output.get("data", {}).get("text/plain", "") for output in outputs]
+    equal = next(value for value in values if "'model.safetensors': " in value)
+    assert "False" not in equal
+    assert equal.count("True") >= 3
+    first, last = map(float, re.findall(r"loss ([\d.]+) -> ([\d.]+)", printed)[0])
+    assert last < first + 0.2  # twelve steps of a model that had twelve: it learns little, and loses nothing
+    assert "largest difference of logits: 0.0\n" in printed
+    assert "def main(" in printed

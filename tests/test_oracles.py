@@ -24,7 +24,7 @@ from dsjax.infer.sampling import SamplingConfig
 from dsjax.loaded import LoadedModel
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
-NAMES = ("llama_mha", "llama_coder_lin4", "v2_lite_yarn", "v3", "v3_yarn")
+NAMES = ("llama_mha", "llama_coder_lin4", "v2_lite_yarn", "v3", "v3_yarn", "v32", "v32_all")
 LIMIT = 1e-4  # absolute, of logits, hidden states and the loss
 
 
@@ -92,7 +92,7 @@ def test_greedy_tokens(loaded: tuple[LoadedModel, Any]) -> None:
     np.testing.assert_array_equal(out, np.concatenate([ids_BT, greedy], axis=1))
 
 
-@pytest.mark.parametrize("name", ["llama_mha", "v3_yarn"])
+@pytest.mark.parametrize("name", ["llama_mha", "v3_yarn", "v32"])
 def test_greedy_tokens_in_a_crowd(name: str) -> None:
     """The engine: chunks of a prompt, pages, rows of several lengths, a prefix that two prompts share."""
     model, oracle = dsjax.load(FOLDER / name), np.load(FOLDER / name / "oracle.npz")
@@ -111,7 +111,12 @@ def test_greedy_tokens_in_a_crowd(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("v3_yarn", "data=2,expert=2,tensor=2"), ("v2_lite_yarn", "expert=4,fsdp=2"), ("llama_mha", "tensor=4,data=2")],
+    [
+        ("v3_yarn", "data=2,expert=2,tensor=2"),
+        ("v2_lite_yarn", "expert=4,fsdp=2"),
+        ("v32", "fsdp=2,tensor=2,context=2"),
+        ("llama_mha", "tensor=4,data=2"),
+    ],
 )
 def test_eight_devices_are_as_one(name: str, mesh: str) -> None:
     model, oracle = dsjax.load(FOLDER / name, mesh=mesh), np.load(FOLDER / name / "oracle.npz")

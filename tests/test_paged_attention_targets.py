@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsjax.infer.engine import make_generator, placed
 from dsjax.infer.programs import make_programs
 from dsjax.infer.sampling import RowSampling, SamplingConfig
+from dsjax.infer.speculation import Behind
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.masks import Segmented
@@ -131,12 +132,13 @@ def test_an_engines_programs_copy_no_pool() -> None:
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     logits, row = (abstract(np.zeros(shape, dtype)) for shape, dtype in (((8, 512), np.float32), (1, np.int32)))
     chunk, moved = abstract(np.zeros((1, 64), np.int32)), (abstract(np.zeros((1, 9), np.int32)),) * 2
-    rows = jax.tree.map(abstract, (np.zeros(8, bool), np.zeros(8, np.uint32), np.zeros(8, np.int32)))
+    behind, zeros = Behind(logits, abstract(jnp.zeros((8, 0, 256), jnp.bfloat16))), np.zeros(8, np.int32)
+    rows = jax.tree.map(abstract, (zeros, zeros, np.zeros(8, np.uint32), zeros))
     settings = jax.tree.map(abstract, RowSampling.of([SamplingConfig()] * 8))
     for lowered in (
         programs.copy.lower(cache, moved, moved),
-        programs.extend.lower(there.shapes, chunk, chunk, row, logits, cache),
-        programs.decode.lower(there.shapes, logits, cache, *rows, settings, 4, width=4, num_top=2),
+        programs.extend.lower(there.shapes, chunk, row, row, row, behind, cache),
+        programs.decode.lower(there.shapes, behind, cache, *rows, settings, 4, width=4, num_top=2),
     ):
         memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= held

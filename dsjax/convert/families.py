@@ -1,8 +1,8 @@
 """config.json of a Hugging Face folder <-> the decoder's config.
 
 The families: ``llama`` (DeepSeek-LLM, Coder, Math, R1-Distill-Llama), ``qwen2`` (R1-Distill-Qwen), ``deepseek``
-(DeepSeek-MoE), ``deepseek_v2`` (V2, V2-Lite) and ``deepseek_v3`` (V3, R1). What a config says beyond what the decoder
-can do is refused by name: nothing is dropped in silence that would change a logit.
+(DeepSeek-MoE), ``deepseek_v2`` (V2, V2-Lite), ``deepseek_v3`` (V3, R1) and ``deepseek_v32`` (V3.2). What a config says
+beyond what the decoder can do is refused by name: nothing is dropped in silence that would change a logit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dsjax.config import UserError, validate
 from dsjax.models.decoder import DecoderConfig, LayerGroup
 from dsjax.models.multi_token import MultiTokenConfig
 from dsjax.nn.attention import AttentionConfig
-from dsjax.nn.latent_attention import LatentAttentionConfig
+from dsjax.nn.indexer import IndexerConfig
+from dsjax.nn.latent_attention import LatentAttentionConfig, only_indexers_learn
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.nn.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
@@ -26,7 +27,9 @@ ARCHITECTURES = {
     "deepseek": "DeepseekForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
 }
+LATENT, SIGMOID = ("deepseek_v2", "deepseek_v3", "deepseek_v32"), ("deepseek_v3", "deepseek_v32")  # attention; routers
 # Fields of which the decoder has one value only.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -94,13 +97,12 @@ def config_from_hf(hf: Mapping[str, Any], tensors: Container[str] = ()) -> Decod
     for name, allowed in FIXED.items():
         if name in hf and name != "pretraining_tp":
             fields.one_of(name, allowed)
-    latent = kind in ("deepseek_v2", "deepseek_v3")
-    attention = _latent_attention(fields) if latent else _grouped_attention(fields)
+    attention = _latent_attention(fields) if kind in LATENT else _grouped_attention(fields)
     num_layers = fields.number("num_hidden_layers")
     dense = LayerGroup(MLPConfig(fields.number("intermediate_size")), attention)
     num_dense = num_layers
-    if kind in ("deepseek", "deepseek_v2", "deepseek_v3") and hf.get("n_routed_experts") is not None:
-        num_dense = min(fields.number("first_k_dense_replace", 0 if kind != "deepseek_v3" else 3), num_layers)
+    if kind in ("deepseek", *LATENT) and hf.get("n_routed_experts") is not None:
+        num_dense = min(fields.number("first_k_dense_replace", 3 if kind in SIGMOID else 0), num_layers)
     groups = []
     if num_dense:
         groups.append(dataclasses.replace(dense, num_layers=num_dense))
@@ -153,16 +155,31 @@ def _latent_attention(fields: _Fields) -> LatentAttentionConfig:
         v_dim=fields.number("v_head_dim"),
         rope_theta=theta,
         rope_scaling=scaling,
+        indexer=_indexer(fields) if fields.fields["model_type"] == "deepseek_v32" else None,
+    )
+
+
+def _indexer(fields: _Fields) -> IndexerConfig:
+    """What V3.2 has beside V3; it has two more fields that can say of each layer what it is."""
+    fields.one_of("rope_interleave", (True, None))
+    num_layers = fields.number("num_hidden_layers")
+    num_dense = min(fields.number("first_k_dense_replace", 3), num_layers)
+    fields.one_of("layer_types", (["indexed_attention"] * num_layers, None))
+    fields.one_of("mlp_layer_types", (["dense"] * num_dense + ["sparse"] * (num_layers - num_dense), None))
+    return IndexerConfig(
+        num_heads=fields.number("index_n_heads", 64),
+        head_dim=fields.number("index_head_dim", 128),
+        top_k=fields.number("index_topk", 2048),
     )
 
 
 def _experts(fields: _Fields) -> MoEConfig:
     """Routing; the losses that keep it balanced are those of the papers, for who trains on."""
     kind = fields.fields["model_type"]
-    sigmoid = kind == "deepseek_v3"
+    sigmoid = kind in SIGMOID
     fields.one_of("scoring_func", ("sigmoid",) if sigmoid else ("softmax",), "sigmoid" if sigmoid else "softmax")
-    methods = {"deepseek": (None, "greedy"), "deepseek_v3": (None, "noaux_tc")}
-    method = fields.one_of("topk_method", methods.get(kind, (None, "greedy", "group_limited_greedy")))
+    methods = {"deepseek": (None, "greedy"), "deepseek_v2": (None, "greedy", "group_limited_greedy")}
+    method = fields.one_of("topk_method", methods.get(kind, (None, "noaux_tc")))
     limited = sigmoid or method == "group_limited_greedy"
     # Hugging Face's V2 has no normalised weights, whatever norm_topk_prob says; the published models have none either.
     normalize = kind != "deepseek_v2" and bool(fields.fields.get("norm_topk_prob", sigmoid))
@@ -262,6 +279,12 @@ def hf_config(config: DecoderConfig, *, max_length: int, end_ids: tuple[int, ...
             "qk_rope_head_dim": attention.rope_dim,
             "v_head_dim": attention.v_dim,
         }
+        if attention.indexer is not None:
+            found |= {
+                "index_n_heads": attention.indexer.num_heads,
+                "index_head_dim": attention.indexer.head_dim,
+                "index_topk": attention.indexer.top_k,
+            }
     else:
         found |= {"num_key_value_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
     if kind == "qwen2":
@@ -291,8 +314,11 @@ def _family(config: DecoderConfig) -> tuple[str, MoEConfig | None]:
     }
     experts = sparse[0] if sparse else None
     latent = isinstance(attention, LatentAttentionConfig)
+    indexed = isinstance(attention, LatentAttentionConfig) and attention.indexer is not None
+    of_v3 = "deepseek_v32" if indexed else "deepseek_v3"
+    reasons["an indexer that is warming up"] = only_indexers_learn([attention])
     if experts is None:
-        kind = "deepseek_v3" if latent else "qwen2" if attention.qkv_bias else "llama"  # type: ignore[union-attr]
+        kind = of_v3 if latent else "qwen2" if attention.qkv_bias else "llama"  # type: ignore[union-attr]
     elif not latent:
         kind = "deepseek"
         reasons |= {
@@ -303,9 +329,12 @@ def _family(config: DecoderConfig) -> tuple[str, MoEConfig | None]:
         }
     elif experts.scoring == "softmax":
         kind = "deepseek_v2"
-        reasons |= {"latent attention with normalised weights of a softmax router": experts.normalize_weights}
+        reasons |= {
+            "latent attention with normalised weights of a softmax router": experts.normalize_weights,
+            "an indexer beside a softmax router": indexed,
+        }
     else:
-        kind = "deepseek_v3"
+        kind = of_v3
     if experts is not None:
         score = "top2" if experts.scoring == "sigmoid" else "max"
         reasons |= {
@@ -315,7 +344,7 @@ def _family(config: DecoderConfig) -> tuple[str, MoEConfig | None]:
             "a selection bias of a softmax router": experts.scoring == "softmax" and experts.has_bias,
         }
     reasons["multi-token prediction without latent attention and a sigmoid router"] = (
-        config.multi_token is not None and kind != "deepseek_v3"
+        config.multi_token is not None and kind not in SIGMOID
     )
     for reason, there in reasons.items():
         if there:
@@ -345,7 +374,7 @@ def _experts_to_hf(kind: str, config: DecoderConfig, experts: MoEConfig | None) 
             "n_group": experts.num_groups,
             "topk_group": experts.top_groups,
         }
-    if kind == "deepseek_v3":
+    if kind in SIGMOID:
         return found | {"topk_method": "noaux_tc", **of_v3}
     limited = "group_limited_greedy" if experts.num_groups > 1 else "greedy"
     return found | {"topk_method": limited, "aux_loss_alpha": experts.sequence_coef, "seq_aux": True}

@@ -20,6 +20,7 @@ SCALE = "_scale_inv"
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LARGEST = float(ml_dtypes.finfo(FP8).max)  # 448
+POWERS_OF_TWO = "ue8m0"
 
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
@@ -39,7 +40,16 @@ def block_size(hf_config: Mapping[str, Any]) -> tuple[int, int]:
     size = how.get("weight_block_size", [128, 128])
     if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n < 2**20 for n in size)):
         raise UserError(f"config.json: quantization_config.weight_block_size is {size!r}; it must be two numbers")
+    if (scales := how.get("scale_fmt")) not in (None, "float", POWERS_OF_TWO):
+        raise UserError(
+            f"config.json: quantization_config.scale_fmt is {scales!r}; scales are float or {POWERS_OF_TWO!r}"
+        )
     return size[0], size[1]
+
+
+def has_powers_of_two(hf_config: Mapping[str, Any]) -> bool:
+    """Whether scales are powers of two (V3.1, V3.2), which kernels read as 8 bits; those are float32 in files, too."""
+    return (hf_config.get("quantization_config") or {}).get("scale_fmt") == POWERS_OF_TWO
 
 
 def dequantize(x_MN: np.ndarray, scale_mn: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
@@ -65,13 +75,17 @@ def quantize(x_MN: np.ndarray, scale_mn: np.ndarray, block: tuple[int, int] = (1
     return out_MN
 
 
-def scales_for(x_MN: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
-    """Scales with which the largest value of each block becomes the largest that 8 bits hold; 1 of a block of zeros."""
+def scales_for(x_MN: np.ndarray, block: tuple[int, int] = (128, 128), *, powers_of_two: bool = False) -> np.ndarray:
+    """Scales with which the largest value of each block becomes the largest that 8 bits hold; 1 of a block of zeros.
+
+    Or the next power of two above.
+    """
     rows = np.arange(0, x_MN.shape[0], block[0])
     columns = np.arange(0, x_MN.shape[1], block[1])
     largest_mN = np.stack([np.abs(x_MN[r : r + block[0]].astype(np.float32)).max(axis=0) for r in rows])
     largest_mn = np.maximum.reduceat(largest_mN, columns, axis=1)
-    return np.where(largest_mn == 0, 1, largest_mn / LARGEST).astype(np.float32)
+    scale_mn = np.where(largest_mn == 0, 1, largest_mn / LARGEST).astype(np.float32)
+    return np.exp2(np.ceil(np.log2(scale_mn))) if powers_of_two else scale_mn
 
 
 class Dequantized:

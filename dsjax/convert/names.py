@@ -66,6 +66,12 @@ LATENT: Table = {
     "self_attn.kv_a_layernorm.weight": (("attention/kv_norm/scale",), "vector"),
     "self_attn.kv_b_proj.weight": (("attention/w_k_up", "attention/w_v_up"), "matrix"),
     "self_attn.o_proj.weight": (("attention/w_out",), "matrix from heads"),
+    # The rotary channels of an indexer stand first, and half apart whatever those of the attention do.
+    "self_attn.indexer.wq_b.weight": (("attention/indexer/w_q",), "matrix"),
+    "self_attn.indexer.wk.weight": (("attention/indexer/w_k",), "matrix"),
+    "self_attn.indexer.k_norm.weight": (("attention/indexer/k_norm/scale",), "vector"),
+    "self_attn.indexer.k_norm.bias": (("attention/indexer/k_norm/bias",), "vector"),
+    "self_attn.indexer.weights_proj.weight": (("attention/indexer/w_heads",), "matrix"),
 }
 DENSE: Table = {
     "mlp.gate_proj.weight": (("ffn/w_gate",), "matrix"),
@@ -103,7 +109,8 @@ ONLY_TRAINING = ("ffn/entropy_multipliers",)
 def pairs_are_neighbours(hf_config: Mapping[str, Any]) -> bool:
     """Whether the two channels of a rotary pair are (2i, 2i + 1) in the file; else, as in the decoder, half apart."""
     kind = hf_config.get("model_type")
-    return kind == "deepseek_v2" or (kind == "deepseek_v3" and bool(hf_config.get("rope_interleave", True)))
+    always = kind in ("deepseek_v2", "deepseek_v32")
+    return always or (kind == "deepseek_v3" and bool(hf_config.get("rope_interleave", True)))
 
 
 # ---------------------------------------------------------------- one tensor

@@ -11,7 +11,8 @@ import numpy as np
 from dsjax import manifest
 from dsjax.config import UserError, read_json
 from dsjax.convert.families import hf_config
-from dsjax.convert.fp8 import BF16, FP8, SCALE, block_size, dequantize, quantize, scales_for
+from dsjax.convert.fp8 import BF16, FP8, SCALE, block_size, dequantize, has_powers_of_two, quantize, scales_for
+from dsjax.convert.merged import MergedArrays
 from dsjax.convert.names import copies_of, places, variables_of
 from dsjax.convert.origin import CONFIG, FOLDER, Origin
 from dsjax.convert.store import StoredArrays
@@ -33,12 +34,19 @@ class RunTensors:
     def __init__(self, run: RunFolder):
         self.run, self.config = run, run.read_config()
         self.step, self.about = self._latest()
+        variables = variables_of(self.config.model)
+        self._arrays: StoredArrays | MergedArrays
+        if "base" in self.about:
+            with self._told():
+                self._arrays = MergedArrays(run, self.step, self.about, variables)
+            self.about = self.about | {"arrays": self._arrays.described}
+        else:
+            self._arrays = StoredArrays(run.checkpoints / str(self.step), self.about["files"], variables)
         self.origin = Origin(run.path / FOLDER) if (run.path / FOLDER).is_dir() else None
         if self.origin is None:
             self.hf_config = self._new_config()
         else:
             self.hf_config = read_json(self.origin.files()[CONFIG])
-        variables = variables_of(self.config.model)
         for name, variable in variables.items():
             if (found := self.about["arrays"].get(name, {}).get("shape")) != list(variable.shape):
                 raise UserError(f"checkpoint {self.step} of {run.path}: {name} is {found}, not {list(variable.shape)}")
@@ -46,7 +54,6 @@ class RunTensors:
         for copy, of in copies_of(self.config.model).items():
             if self.origin is not None and self.origin.has(copy):
                 self.places[copy] = self.places[of]
-        self._arrays = StoredArrays(run.checkpoints / str(self.step), self.about["files"], variables)
         self._kept = {n: files for files in (self.origin.kept.values() if self.origin else ()) for n in files}
         self._block = block_size(self.hf_config)
 
@@ -108,7 +115,7 @@ class RunTensors:
         x, scale = self[name].astype(BF16, copy=False), self._kept[name + SCALE][name + SCALE]
         values = quantize(x, scale, self._block)
         if self.trained and dequantize(values, scale, self._block).tobytes() != x.tobytes():
-            scale = scales_for(x, self._block)
+            scale = scales_for(x, self._block, powers_of_two=has_powers_of_two(self.hf_config))
             values = quantize(x, scale, self._block)
         return values, scale
 

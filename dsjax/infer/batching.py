@@ -13,21 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from dsjax.config import UserError
 from dsjax.data.tokenizer import Tokenizer
-from dsjax.infer.detokenize import Detokenizer, check_stop
+from dsjax.infer.detokenize import Detokenizer
 from dsjax.infer.engine import lanes_of, placed
-from dsjax.infer.pages import Layout, Prefix, Prefixes, Tables, account
+from dsjax.infer.pages import Layout, Prefix, Prefixes, Tables, account, moves
 from dsjax.infer.programs import make_programs
-from dsjax.infer.requests import Completion, Counts, Event, Request, Running, collected
+from dsjax.infer.requests import Completion, Counts, Decoded, Event, Request, Running, collected
 from dsjax.infer.sampling import RowSampling, SamplingConfig
+from dsjax.infer.speculation import Behind, behind_shardings, num_drafting, num_kept
 from dsjax.infer.written_out import is_better, written_out
 from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
 from dsjax.nn.masks import parts_of
 from dsjax.sharding import MeshConfig, host_array_to_global, make_mesh
-from pallas_kernels.segmented_attention import Segments
 
 
 class Engine:
@@ -51,6 +51,10 @@ class Engine:
         tokenizer: for texts and stop strings; None: there are only tokens.
         top_log_probs: how many of the likeliest tokens a request may ask for at each place.
         pause: seconds without a token that decoding several at a time is not to exceed; None: any.
+        draft: tokens that the model's modules of multi-token prediction draft in a step; 0: none.
+
+    Raises:
+        UserError: there are no modules to draft with, or the model can not take positions back.
     """
 
     def __init__(
@@ -69,9 +73,11 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         top_log_probs: int = 0,
         pause: float | None = None,
+        draft: int = 0,
     ):
         mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
         there = placed(graph, params, mesh, batch_size)
+        self.draft, self.num_drafting = draft, num_drafting(there.model.cfg, draft)
         self.end_ids, self.max_length, self.steps = frozenset(end_ids), max_length, steps
         self.tokenizer, self.top_log_probs = tokenizer, min(top_log_probs, there.model.cfg.vocab_size)
         self.mesh, self.rules, self.params = there.mesh, there.rules, there.place(params)
@@ -84,31 +90,33 @@ class Engine:
         self.chunk = -(-chunk // stride) * stride
         # With states, or pages that are written again, a prefix can be taken up only where it was left for that.
         self._has_state = any(g.attention.segmented is not None or g.attention.conv_taps > 1 for g in groups)
-        self.prefixes = Prefixes(self.chunk if self._has_state else stride, self._release)
-        self.programs = make_programs(graph, self.mesh, self.rules, len(groups))
+        self.prefixes = Prefixes(self.chunk if self._has_state else stride, self._release, self.num_drafting)
+        self.programs = make_programs(graph, self.mesh, self.rules, len(groups), draft, self.num_drafting)
         self._make_cache(there.model, there.dtype, batch_size, page_size, num_positions or batch_size * max_length)
         self.rows: list[Running | None] = [None] * batch_size
         self.waiting: deque[Running] = deque()
         self.counts, self._number, self._queues = Counts(), 0, dict[int, deque[Event]]()
-        self.pause, self._seconds = pause, math.inf  # of a token
+        self.pause, self._seconds = pause, math.inf  # of a step
 
     def _make_cache(self, model: Any, dtype: Any, batch_size: int, page_size: int, num_positions: int) -> None:
-        slots = self.max_length + max(self.chunk, self.steps)  # padding may stand behind the last position
-        layouts, pools = [], []
-        for group in model.cfg.groups:
+        slots = self.max_length + max(self.chunk, 1 + self.draft)  # padding may stand behind the last position
+        self.num_kept, layouts, pools = num_kept(self.draft, self.num_drafting), [], []
+        for index, group in enumerate([*model.cfg.groups, *[model.cfg.groups[-1]] * self.num_drafting]):
             kept, _ = group.attention.cache_size(slots)
             columns = -(-kept // (page_size * self.parts[1]))  # of one device
             masks = tuple(part for mask in group.attention.masks() for part in parts_of(mask))
-            layouts.append(Layout(masks, page_size, columns * self.parts[1], self.parts[1]))
+            again = self.num_kept if index >= len(model.cfg.groups) else 0
+            layouts.append(Layout(masks, page_size, columns * self.parts[1], self.parts[1], again))
             pools.append(math.ceil(num_positions / self.max_length / self.parts[0] * columns))
         self.tables = Tables(layouts, batch_size, pools, self.parts[0])
         options = {"page_size": page_size, "parts": self.parts, "lanes": lanes_of(self.mesh), "pools": tuple(pools)}
-        self._places = cache_shardings(len(layouts), self.mesh, self.rules)
-        make = functools.partial(model.empty_cache, batch_size, slots, dtype, **options)
-        self.cache: Cache = jax.jit(make, out_shardings=self._places)()
-        logits = NamedSharding(self.mesh, self.rules.spec("batch", "vocab"))
-        zeros = functools.partial(jnp.zeros, (batch_size, model.cfg.vocab_size), jnp.float32)
-        self.logits_BV = jax.jit(zeros, out_shardings=logits)()
+        make = functools.partial(model.empty_cache, batch_size, slots, dtype, num_drafting=self.num_drafting, **options)
+        self.cache: Cache = jax.jit(make, out_shardings=cache_shardings(len(layouts), self.mesh, self.rules))()
+        zeros = lambda: Behind(  # noqa: E731
+            jnp.zeros((batch_size, model.cfg.vocab_size), jnp.float32),
+            jnp.zeros((batch_size, self.num_kept, model.cfg.d_model), model.compute.dtype),
+        )
+        self.behind: Behind = jax.jit(zeros, out_shardings=behind_shardings(self.mesh, self.rules))()
         self.lengths_B = np.zeros(batch_size, np.int32)
 
     # ------------------------------------------------------------ requests
@@ -119,19 +127,8 @@ class Engine:
         Raises:
             UserError: the prompt is empty, or leaves no room for a token; it asks for what the engine was not made for.
         """
-        length = len(request.prompt)
-        if length == 0:
-            raise UserError("a prompt is empty; give at least one token")
-        if length >= self.max_length:
-            raise UserError(f"a prompt has {length} tokens; the engine holds {self.max_length} with what it generates")
-        if request.max_tokens < 1 or request.num_samples < 1:
-            raise UserError("max_tokens and num_samples of a request must be at least 1")
-        if request.top_log_probs > self.top_log_probs:
-            raise UserError(f"top_log_probs is {request.top_log_probs}; the engine was made for {self.top_log_probs}")
-        if request.stop and self.tokenizer is None:
-            raise UserError("a request has stop strings; they need an engine that has a tokenizer")
-        check_stop(request.stop)
-        limit = min(length + request.max_tokens, self.max_length)
+        request.check(self.max_length, self.top_log_probs, self.tokenizer is not None)
+        limit = min(len(request.prompt) + request.max_tokens, self.max_length)
         end_ids = self.end_ids if request.end_ids is None else frozenset(request.end_ids)
         self._number += 1
         for sample in range(request.num_samples):
@@ -213,8 +210,8 @@ class Engine:
         for taken in (None, state):
             tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
             self.cache = self.programs.place(self.cache, 0, tokens_S, taken)
-        allowed_V, logits_V = np.ones(self.logits_BV.shape[1], bool), self.programs.logits(self.logits_BV, 0)
-        self.logits_BV = self.programs.set_logits(self.logits_BV, 0, logits_V, allowed_V)
+        allowed_V, of_row = np.ones(self.behind.logits_BV.shape[1], bool), self.programs.behind(self.behind, 0)
+        self.behind = self.programs.set_behind(self.behind, 0, of_row, allowed_V)
         self._copy(0, [])
 
     # ------------------------------------------------------------ pages
@@ -261,7 +258,7 @@ class Engine:
     def _known(self, keys: list[bytes], running: Running) -> list[Prefix]:
         """What there is of it. Somebody must say what comes next: a token is computed, or that was kept, too."""
         chain = self.prefixes.find(keys)
-        while chain and chain[-1].length == len(running.tokens) and chain[-1].logits_V is None:
+        while chain and chain[-1].length == len(running.tokens) and chain[-1].behind is None:
             chain.pop()
         return chain
 
@@ -292,50 +289,39 @@ class Engine:
             return False
         self.waiting.remove(running)
         self.rows[row], running.row, running.filled = running, row, last.length
+        # Behind a whole prompt its last hidden states are known, of which those are wanted by which modules lag.
+        running.begun = max(last.length - self.num_drafting, 0) if running.decodes else last.length
         self.counts.reused += last.length
         tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
         tokens_S[: last.length] = running.tokens[: last.length]
         self.cache = self.programs.place(self.cache, row, tokens_S, last.state)
         if running.decodes:
-            self._set_logits(running, last.logits_V)
+            self._set_behind(running, last.behind)
         return True
 
-    def _set_logits(self, running: Running, logits_V: Any = None) -> None:
+    def _set_behind(self, running: Running, of_row: Behind | None = None) -> None:
         """What may come first: by what was kept of the prompt, or as computed; and by what the request allows."""
-        allowed_V = np.ones(self.logits_BV.shape[1], bool)
+        allowed_V = np.ones(self.behind.logits_BV.shape[1], bool)
         if running.request.first_tokens is not None:
             allowed_V[:] = False
             allowed_V[: len(running.request.first_tokens)] = running.request.first_tokens
-        elif logits_V is None:
+        elif of_row is None:
             return
-        logits_V = self.programs.logits(self.logits_BV, running.row) if logits_V is None else logits_V
-        self.logits_BV = self.programs.set_logits(self.logits_BV, running.row, logits_V, allowed_V)
+        of_row = self.programs.behind(self.behind, running.row) if of_row is None else of_row
+        self.behind = self.programs.set_behind(self.behind, running.row, of_row, allowed_V)
 
     def _too_long(self, r: Running) -> UserError:
         return UserError(f"a request has {len(r.tokens)} tokens, more than there are pages for; raise num_positions")
 
     def _copy(self, part: int, pages: list[tuple[int, int, int, int]]) -> None:
         """Copies (group, logical page, from, to) in the pools of one batch part."""
-        sources, targets = [], []
-        for group, layout in enumerate(self.tables.layouts):
-            of_group = [page for page in pages if page[0] == group]
-            width = max(1, -(-max(self._copied_pages(layout), len(of_group)) // layout.parts) + 1)
-            moves = np.full((2, self.parts[0] * layout.parts, width), -1, np.int32)
-            used = [0] * layout.parts
-            for _, logical, source, target in of_group:
-                device = logical % layout.parts
-                moves[:, part * layout.parts + device, used[device]] = source, target
-                used[device] += 1
-            spec = self.rules.spec("pages", None)
-            sources.append(host_array_to_global(moves[0], self.mesh, spec))
-            targets.append(host_array_to_global(moves[1], self.mesh, spec))
-        self.cache = self.programs.copy(self.cache, tuple(sources), tuple(targets))
-
-    @staticmethod
-    def _copied_pages(layout: Layout) -> int:
-        """How many pages of a group a prefix copies at the most: so that few shapes are compiled."""
-        heads = [-(-(m.size - m.window) // layout.page_size) for m in layout.masks if isinstance(m, Segments)]
-        return max(heads, default=0) + 2
+        put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("pages", None))
+        by_group = [[page[1:] for page in pages if page[0] == group] for group in range(len(self.tables.layouts))]
+        copied = [
+            moves(layout, own, part, self.parts[0]) for layout, own in zip(self.tables.layouts, by_group, strict=True)
+        ]
+        sources, targets = (tuple(put(of_group[end]) for of_group in copied) for end in range(2))
+        self.cache = self.programs.copy(self.cache, sources, targets)
 
     def _vacate(self, row: int) -> None:
         self.tables.clear(row)
@@ -384,49 +370,54 @@ class Engine:
             chosen = [[r for r in rs if counts[r.row] <= width][:beside] for rs in by_part]
             rows = beside if max(map(len, chosen)) > 1 else 1
             parts = {r.row: r for rs in chosen for r in rs[:rows]}
-            self._extend({row: (r.tokens[r.filled : r.filled + counts[row]]) for row, r in parts.items()}, width, rows)
+            self._extend({row: (r.tokens[r.filled :], counts[row]) for row, r in parts.items()}, width, rows)
             for row, r in parts.items():
                 self.counts.prefilled += counts[row]
                 r.filled += counts[row]
                 self._remember(r, r.filled - counts[row])
                 if r.decodes and r.num_new == 0:
-                    self._set_logits(r)
+                    self._set_behind(r)
             room -= rows * width
 
-    def _extend(self, tokens: dict[int, list[int]], width: int, rows: int) -> None:
-        """Computes tokens of some rows, by row, behind what the cache holds of them: ``rows`` of each batch part."""
-        own = self.tables.rows_of_part
-        tokens_RT, ids_RT = (np.zeros((self.parts[0] * rows, width), np.int32) for _ in range(2))
-        rows_R = np.zeros(self.parts[0] * rows, np.int32)
+    def _extend(self, tokens: dict[int, tuple[list[int], int]], width: int, rows: int) -> None:
+        """Computes tokens of some rows, by row all that are left and how many, behind what the cache holds of them.
+
+        ``rows`` of each batch part.
+        """
+        own, R = self.tables.rows_of_part, self.parts[0] * rows
+        tokens_RT = np.zeros((R, width + self.num_drafting), np.int32)
+        real_R, known_R, rows_R = (np.zeros(R, np.int32) for _ in range(3))
         for part in range(self.parts[0]):
             # Where nothing is to be done, any rows, but no row twice.
             some = sorted(range(part * own, (part + 1) * own), key=lambda row: row not in tokens)[:rows]
-            rows_R[part * rows : (part + 1) * rows] = some
-            for i, row in enumerate(some):
-                new = tokens.get(row, [])
-                tokens_RT[part * rows + i, : len(new)] = new
-                ids_RT[part * rows + i, : len(new)] = 1
+            for i, row in enumerate(some, part * rows):
+                left, real_R[i] = tokens.get(row, ([], 0))
+                new = left[: real_R[i] + self.num_drafting]
+                tokens_RT[i, : len(new)], known_R[i], rows_R[i] = new, len(new), row
         put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch"))
-        self.logits_BV, self.cache = self.programs.extend(
-            self.params, *map(put, (tokens_RT, ids_RT, rows_R)), self.logits_BV, self._current()
-        )
+        given = map(put, (tokens_RT, real_R, known_R, rows_R))
+        self.behind, self.cache = self.programs.extend(self.params, *given, self.behind, self._current())
 
     def _remember(self, r: Running, start: int) -> None:
         """Keeps the prefixes that the positions from ``start`` on completed, if there is room."""
-        stride, strides = self.prefixes.stride, len(r.tokens) // self.prefixes.stride
-        for end in range((start // stride + 1) * stride, r.filled + 1, stride):
+        stride, strides = self.prefixes.stride, self.prefixes.num_strides(len(r.tokens))
+        for end in range((start // stride + 1) * stride, min(r.filled, strides * stride) + 1, stride):
             if not self._has_state or end == r.filled:
                 self._keep(r, r.keys[: end // stride], end - stride, end)
         if r.decodes and len(r.keys) > strides:
-            self._keep(r, r.keys, strides * stride, r.filled, self.programs.logits(self.logits_BV, r.row))
+            self._keep(r, r.keys, strides * stride, r.filled, self.programs.behind(self.behind, r.row))
 
-    def _keep(self, r: Running, keys: list[bytes], start: int, end: int, logits_V: Any = None) -> None:
-        """Keeps the prefix of the last key, which adds the positions from ``start`` on, if there is room."""
+    def _keep(self, r: Running, keys: list[bytes], start: int, end: int, behind: Behind | None = None) -> None:
+        """Keeps the prefix of the last key, which adds the positions from ``start`` on, if there is room.
+
+        Of a whole prompt, modules have yet to write the last positions: each who continues it will do so.
+        """
         if keys[-1] in self.prefixes or (len(keys) > 1 and keys[-2] not in self.prefixes):
             return
         shared, open_pages = list[tuple[int, int]](), list[tuple[int, int]]()
         for group, layout in enumerate(self.tables.layouts):
-            closed, before = layout.closed(end), layout.closed(start)
+            done = end if behind is None else max(end - self.num_drafting, 0)
+            closed, before = layout.closed(done), layout.closed(start)
             shared += [(group, n) for n in closed if n not in before]
             open_pages += [(group, n) for n in layout.needed(end, end) if n not in closed]
         taken: list[tuple[int, int, int, int]] = []
@@ -444,7 +435,7 @@ class Engine:
             self.tables.pool(group, r.row, n).share(self.tables.page(group, r.row, n))
         kept = [(group, n, self.tables.page(group, r.row, n)) for group, n in shared]
         state = self.programs.state(self.cache, r.row) if self._has_state else None
-        self.prefixes.add(part, keys, Prefix(end, kept, [(g, n, page) for g, n, _, page in taken], state, logits_V))
+        self.prefixes.add(part, keys, Prefix(end, kept, [(g, n, page) for g, n, _, page in taken], state, behind))
 
     def _decode(self) -> list[Event]:
         """Some tokens of all requests whose tokens so far are in the cache; one, if others wait or see their first."""
@@ -457,35 +448,43 @@ class Engine:
         at_once = self.steps if self.pause is None else int(self.pause / self._seconds)
         events, steps = [], 1 if soon else max(1, min(at_once, self.steps, left))
         begin = time.perf_counter()
-        tokens, log_probs, best, best_log_probs = self._run_decode(active, steps)
-        self._seconds = min(self._seconds, (time.perf_counter() - begin) / steps)  # the first may have been compiled
-        for r in active:
-            top = [list(zip(*pair, strict=True)) for pair in zip(best[r.row], best_log_probs[r.row], strict=True)]
-            events.append(event := r.add(tokens[r.row][:steps], log_probs[r.row][:steps], top[:steps]))
+        found, taken = self._run_decode(active, steps)
+        self._seconds = min(self._seconds, (time.perf_counter() - begin) / taken)  # the first may have been compiled
+        for r, decoded in zip(active, found, strict=True):
+            events.append(event := r.add(decoded, self.draft))
+            self.counts.drafts += event.drafts
             if event.ended:
                 self._vacate(r.row)
         return events
 
-    def _run_decode(self, active: list[Running], steps: int) -> list[list[Any]]:
-        """Tokens, log-probabilities, and those of the likeliest tokens, by row."""
+    def _run_decode(self, active: list[Running], steps: int) -> tuple[list[Decoded], int]:
+        """What each got, and in how many steps."""
         B = len(self.rows)
-        active_B, seeds_B, index_B = np.zeros(B, bool), np.zeros(B, np.uint32), np.zeros(B, np.int32)
+        left_B, known_B, index_B, seeds_B = *(np.zeros(B, np.int32) for _ in range(3)), np.zeros(B, np.uint32)
         configs = [SamplingConfig(temperature=0.0)] * B
         for r in active:
-            active_B[r.row], seeds_B[r.row], index_B[r.row] = True, r.seed, r.num_new
-            configs[r.row] = r.request.sampling
+            left_B[r.row], known_B[r.row] = r.limit - len(r.tokens), min(r.filled - r.begun, self.num_kept)
+            seeds_B[r.row], index_B[r.row], configs[r.row] = r.seed, r.num_new, r.request.sampling
         put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch"))
-        rows = jax.tree.map(put, (active_B, seeds_B, index_B, RowSampling.of(configs)))
-        made, self.logits_BV, self.cache = self.programs.decode(
-            self.params, self.logits_BV, self._current(), *rows, np.int32(steps), width=self.steps,
+        rows = jax.tree.map(put, (left_B, known_B, seeds_B, index_B, RowSampling.of(configs)))
+        made, self.behind, self.cache = self.programs.decode(
+            self.params, self.behind, self._current(), *rows, np.int32(steps), width=self.steps * (1 + self.draft),
             num_top=self.top_log_probs,
         )  # fmt: skip
-        return [np.asarray(x).tolist() for x in made]
+        tokens, count_B, taken = jax.tree.map(np.asarray, made)
+        by_row = []
+        for r in active:
+            all_of_it = jax.tree.map(lambda x, row=r.row: x[row, : count_B[row]].tolist(), tokens)
+            best = zip(all_of_it.top_BTX, all_of_it.top_log_prob_BTX, strict=True)
+            top = [list(zip(*pair, strict=True)) for pair in best]
+            by_row.append(Decoded(all_of_it.token_BT, all_of_it.log_prob_BT, top, all_of_it.drafted_BT))
+        return by_row, int(taken)
 
     def _make_room(self) -> None:
         """Pages for what is decoded next, if need be from the requests that came last."""
+        more = self.steps * (1 + self.draft)
         for r in self.running():
-            while r.row >= 0 and r.decodes and not self._grow(r.row, r.filled, min(r.filled + self.steps, r.limit)):
+            while r.row >= 0 and r.decodes and not self._grow(r.row, r.filled, min(r.filled + more, r.limit)):
                 sharing = [other for other in self.running() if self._part(other.row) == self._part(r.row)]
                 if sharing == [r]:
                     raise self._too_long(r)

@@ -16,7 +16,7 @@ from dsjax.data.chat import ChatTemplate
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.batching import Engine
 from dsjax.infer.engine import heal
-from dsjax.infer.requests import Completion, Event, Request, collected
+from dsjax.infer.requests import Completion, Drafts, Event, Request, collected
 from dsjax.infer.sampling import SamplingConfig
 
 ROWS = 64  # samples at a time
@@ -59,6 +59,7 @@ class Options:
     heal: bool = False
     json: bool = False
     quiet: bool = False
+    draft: int = 0
 
     def check(self) -> None:
         """Raises UserError: a value is out of range, or does not go with another."""
@@ -69,6 +70,8 @@ class Options:
         for name, value in (("max-tokens", self.max_tokens), ("n", self.n)):
             if value < 1:
                 raise UserError(f"--{name} is {value}; it must be at least 1")
+        if self.draft < 0:
+            raise UserError(f"--draft is {self.draft}; it must be at least 0")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
         if "" in self.stop:
@@ -103,11 +106,12 @@ def run(model: Loaded, options: Options, since: float | None = None) -> None:
         mesh=model.mesh,
         tokenizer=model.tokenizer,
         pause=PAUSE,
+        draft=options.draft,
     )
     pace = Pace(begin, 0.0 if since is None else begin - since)
     events = pace.watched(engine.stream(request))
     if options.json:
-        _print_json(events, options.n)
+        _print_json(events, options.n, options.draft)
     else:
         _print_text(events, options.n, shown)
     if not options.quiet:
@@ -170,14 +174,18 @@ def _print_text(events: Iterator[Event], n: int, shown: str) -> None:
             at, printed = at + 1, 0
 
 
-def _print_json(events: Iterator[Event], n: int) -> None:
-    """A line for each sample when it ends."""
+def _print_json(events: Iterator[Event], n: int, draft: int) -> None:
+    """A line for each sample when it ends; with what became of its drafts, if there are any."""
     so_far: list[list[Event]] = [[] for _ in range(n)]
     for event in events:
         so_far[event.sample].append(event)
         if event.ended:
             ((all_of_it,),) = collected(so_far[event.sample]).values()
-            print(json.dumps(_fields(event.sample, all_of_it), ensure_ascii=False), flush=True)
+            fields = _fields(event.sample, all_of_it)
+            if draft:
+                drafts = all_of_it.drafts
+                fields |= {"drafted": drafts.proposed, "accepted": drafts.accepted, "steps": drafts.steps}
+            print(json.dumps(fields, ensure_ascii=False), flush=True)
 
 
 def _fields(sample: int, found: Completion) -> dict[str, Any]:
@@ -205,6 +213,7 @@ class Pace:
     last: float = 0.0
     num_first: int = 0
     num_tokens: int = 0
+    drafts: Drafts = Drafts()
 
     def watched(self, events: Iterator[Event]) -> Iterator[Event]:
         """The events, with an eye on the clock."""
@@ -213,6 +222,7 @@ class Pace:
             if not self.num_first and event.tokens:
                 self.first, self.num_first = self.last, len(event.tokens)
             self.num_tokens += len(event.tokens)
+            self.drafts += event.drafts
             yield event
 
     def __str__(self) -> str:
@@ -221,4 +231,6 @@ class Pace:
         said = f"first token after {self.first - self.begin:.2f} s (and {self.loading:.2f} s of loading)"
         if (more := self.num_tokens - self.num_first) and self.last > self.first:
             said += f", then {more / (self.last - self.first):.1f} tokens/s"
+        if self.drafts.proposed:
+            said += f"; {self.drafts}"
         return f"{self.num_tokens} tokens: {said}"

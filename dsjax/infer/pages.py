@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from dsjax.nn.cache import num_slots
 from dsjax.nn.masks import AttentionMask, Causal
@@ -68,12 +69,14 @@ class Layout:
         page_size: slots of a page.
         columns: logical pages of a row at the most.
         parts: devices that share a row's slots.
+        behind: positions before the first one that is asked about which are computed again.
     """
 
     masks: tuple[AttentionMask, ...]
     page_size: int
     columns: int
     parts: int = 1
+    behind: int = 0
 
     def needed(self, start: int, end: int) -> range:
         """Logical pages that hold what positions from ``start`` on see, with all positions before ``end`` written."""
@@ -81,7 +84,7 @@ class Layout:
         first = 0
         if all(isinstance(mask, Causal) and mask.window is not None for mask in self.masks):
             window = max(mask.window or 0 for mask in self.masks if isinstance(mask, Causal))
-            first = max(start - window + 1, 0) // self.page_size
+            first = max(start - self.behind - window + 1, 0) // self.page_size
         return range(first, -(-last // self.page_size))
 
     def closed(self, length: int) -> range:
@@ -96,6 +99,12 @@ class Layout:
             first = max(first, -(-head // self.page_size))
             full.append(head + whole * mask.window + max(offset - head, 0))
         return range(first, max(min(full) // self.page_size, first))
+
+    @property
+    def num_copied(self) -> int:
+        """How many pages that go on being written a row has at the most: a prefix copies those."""
+        heads = [-(-(m.size - m.window) // self.page_size) for m in self.masks if isinstance(m, Segments)]
+        return max(heads, default=0) + 2
 
     def column(self, logical: int) -> int:
         """Where a logical page stands in the table of a row: those of one device side by side."""
@@ -185,6 +194,22 @@ class Tables:
             self._has[row][group], self._grown[row][group] = range(0), 0
 
 
+def moves(
+    layout: Layout, pages: Sequence[tuple[int, int, int]], part: int, num_parts: int
+) -> Int[np.ndarray, "2 devices C"]:
+    """Which pages are copied from and to in the pools of all devices, for (logical page, from, to) of a batch part.
+
+    -1: none. There is room for what a prefix copies at the most, so that few shapes are compiled.
+    """
+    width = max(1, -(-max(layout.num_copied, len(pages)) // layout.parts) + 1)
+    found, used = np.full((2, num_parts * layout.parts, width), -1, np.int32), [0] * layout.parts
+    for logical, source, target in pages:
+        device = logical % layout.parts
+        found[:, part * layout.parts + device, used[device]] = source, target
+        used[device] += 1
+    return found
+
+
 # ---------------------------------------------------------------- prefixes
 
 
@@ -197,35 +222,44 @@ class Prefix:
         shared: (group, logical page, page) of pages that were closed since the prefix before it.
         copied: (group, logical page, page) of copies of pages that go on being written.
         state: whatever else belongs to a row; None: nothing does.
-        logits_V: what comes behind a whole prompt; None: it must be computed again.
+        behind: what is known behind a whole prompt (:class:`dsjax.infer.speculation.Behind`); None: it must be computed
+            again.
     """
 
     length: int
     shared: list[tuple[int, int, int]]
     copied: list[tuple[int, int, int]]
     state: Any = None
-    logits_V: Any = None
+    behind: Any = None
 
 
 class Prefixes:
-    """Prefixes by a hash of their tokens, at multiples of ``stride``; the ones not used for longest go first."""
+    """Prefixes by a hash of their tokens, at multiples of ``stride``; the ones not used for longest go first.
 
-    def __init__(self, stride: int, release: Callable[[int, int, int, int], None]):
+    What modules keep of a position depends on up to ``ahead`` tokens behind it: so those must be the same, too.
+    """
+
+    def __init__(self, stride: int, release: Callable[[int, int, int, int], None], ahead: int = 0):
         """``release(part, group, logical, page)`` gives a page back."""
-        self.stride, self._release = stride, release
+        self.stride, self._release, self.ahead = stride, release, ahead
         self._known: OrderedDict[bytes, tuple[int, Prefix]] = OrderedDict()
 
     def keys(self, part: int, tokens: Sequence[int], *, whole: bool = False) -> list[bytes]:
         """One for each prefix of whole strides, on a batch part, and one for all of it; each depends on all before."""
-        key, keys = str(part).encode(), []
-        for start in range(0, len(tokens) - self.stride + 1, self.stride):
-            block = np.asarray(tokens[start : start + self.stride], np.int32).tobytes()
+        key, keys, begin = str(part).encode(), [], 0
+        for number in range(1, self.num_strides(len(tokens)) + 1):
+            end = number * self.stride + self.ahead
+            block, begin = np.asarray(tokens[begin:end], np.int32).tobytes(), end
             key = hashlib.sha256(key + block).digest()
             keys.append(key)
         if whole:
             rest = np.asarray(tokens[len(keys) * self.stride :], np.int32).tobytes()
             keys.append(hashlib.sha256(key + rest + b"whole").digest())
         return keys
+
+    def num_strides(self, length: int) -> int:
+        """How many prefixes of whole strides so many tokens have."""
+        return max(length - self.ahead, 0) // self.stride
 
     def find(self, keys: Sequence[bytes]) -> list[Prefix]:
         """The known ones from the first on, each of which continues the one before."""

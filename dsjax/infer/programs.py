@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from dsjax.infer.sampling import RowSampling, sample_rows
+from dsjax.infer.sampling import RowSampling
+from dsjax.infer.speculation import Behind, Tokens, behind_shardings, speculate, with_hidden
 from dsjax.infer.written_out import in_order, is_better, stacked
 from dsjax.nn.cache import POOL, Cache, GroupCache, Pages, RowState, cache_shardings
 from dsjax.nn.masks import Documents
@@ -21,18 +22,21 @@ from dsjax.sharding import Rules, map_shards, replicated, use_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Each takes the cache, and gives it back changed in place.
+    """Each takes the cache, and what is known behind it, and gives them back changed in place.
 
     Attributes:
-        extend: (params, tokens_RT, ids_RT, rows_R, logits_BV, cache) -> (logits, cache): T tokens of some rows, padded
-            with id 0, behind what the cache holds of them; their logits behind the last.
-        decode: (params, logits_BV, cache, active_B, seeds_B, index_B, settings, steps, width=, num_top=) ->
-            ((tokens_BS, log_probs_BS, top_BSX, top_log_probs_BSX), logits, cache): ``steps`` tokens, number ``index``
-            and on, of the active rows, in arrays of ``width``, and the ``num_top`` likeliest at each place.
+        extend: (params, tokens_RT, real_R, known_R, rows_R, behind, cache) -> (behind, cache): the first ``real_R`` of
+            T tokens of some rows behind what the cache holds of them, and what comes behind those
+            (:class:`dsjax.infer.speculation.Behind`). What modules keep depends on further tokens: ``known_R`` are
+            known, and there is room for one more of each module.
+        decode: (params, behind, cache, left_B, known_B, seeds_B, index_B, settings, steps, width=, num_top=) ->
+            ((tokens, counts_B, steps), behind, cache): up to ``steps`` steps, until each row has at least ``left_B``
+            tokens, number ``index_B`` and on (:class:`dsjax.infer.speculation.Tokens`, of ``width``), and how many
+            they are. ``known_B``: hidden states that are known of a row.
         place: (cache, row, tokens_S, state) -> cache: a row begins with these tokens and this state.
         state: (cache, row) -> the row's :class:`dsjax.nn.cache.RowState` of each group.
-        logits: (logits_BV, row) -> logits_V.
-        set_logits: (logits_BV, row, logits_V, allowed_V) -> logits: a row's are those, and -inf where not allowed.
+        behind: (behind, row) -> the row's.
+        set_behind: (behind, row, of_row, allowed_V) -> behind: a row's are those, logits -inf where not allowed.
         copy: (cache, sources, targets) -> cache: in each group's pools, (devices, C) pages; -1: none.
     """
 
@@ -40,81 +44,81 @@ class Programs:
     decode: Any
     place: Any
     state: Any
-    logits: Any
-    set_logits: Any
+    behind: Any
+    set_behind: Any
     copy: Any
 
 
 @functools.lru_cache(maxsize=64)  # a jitted function holds its programs: who asks again compiles nothing
-def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int) -> Programs:
-    """The functions for one model on one mesh."""
+def make_programs(
+    graph: Any, mesh: Mesh, rules: Rules, num_groups: int, draft: int = 0, num_drafting: int = 0
+) -> Programs:
+    """The functions for one model on one mesh, with ``draft`` drafts a step, of so many of its modules."""
     within = functools.partial(use_mesh, mesh, dataclasses.replace(rules, length=()))
-    logits, cache = NamedSharding(mesh, rules.spec("batch", "vocab")), cache_shardings(num_groups, mesh, rules)
-    whole = replicated(mesh)
+    cache, whole = cache_shardings(num_groups + num_drafting, mesh, rules), replicated(mesh)
+    behind = behind_shardings(mesh, rules)
 
-    def extend(params, tokens_RT, ids_RT, rows_R, logits_BV, cache):
+    def extend(params, tokens_RT, real_R, known_R, rows_R, behind, cache):
         with within():
-            model = nnx.merge(graph, stacked(params))
-            positions_RT = jnp.broadcast_to(jnp.arange(tokens_RT.shape[1], dtype=jnp.int32), tokens_RT.shape)
-            out = model(tokens_RT, Documents(ids_RT, positions_RT), cache=some_rows(cache, rows_R))
-            real_R = jnp.sum(ids_RT > 0, axis=1)
+            model, T = nnx.merge(graph, stacked(params)), tokens_RT.shape[1] - num_drafting
+            positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (len(tokens_RT), T))
+            ids_RT, some = (positions_RT < real_R[:, None]).astype(jnp.int32), some_rows(cache, rows_R)
+            out = model(tokens_RT[:, :T], Documents(ids_RT, positions_RT), cache=some)
+            hidden_RTD, own = out.hidden_BTD, out.cache
+            for n in range(num_drafting):
+                seen_RT = (positions_RT < jnp.minimum(real_R, known_R - n - 1)[:, None]).astype(jnp.int32)
+                next_RT = tokens_RT[:, n + 1 : n + 1 + T]
+                hidden_RTD, own = model.draft_hidden(n, hidden_RTD, next_RT, seen_RT, some.lengths_B, own)
             pick = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, 1, axis=0))
             last = jax.tree.map(lambda x: pick(x, jnp.maximum(real_R - 1, 0)), (out.hidden_BTD, out.copy))
             new_R1V = model.logits(dataclasses.replace(out, hidden_BTD=last[0], copy=last[1]))
-            new_RV = jnp.where(real_R[:, None] > 0, new_R1V[:, 0], logits_BV[rows_R])
-        return logits_BV.at[rows_R].set(new_RV), with_rows(cache, rows_R, out.cache)
+            old = jax.tree.map(lambda x: x[rows_R], behind)
+            new_RV = jnp.where(real_R[:, None] > 0, new_R1V[:, 0], old.logits_BV)
+            new = Behind(new_RV, with_hidden(old.hidden_BWD, out.hidden_BTD, real_R))
+        return jax.tree.map(lambda x, y: x.at[rows_R].set(y), behind, new), with_rows(cache, rows_R, own)
 
-    def decode(params, logits_BV, cache, active_B: Bool[Array, B], seeds_B: Int[Array, B], index_B: Int[Array, B],
-               settings: RowSampling, steps: Int[Array, ""], width: int, num_top: int):  # fmt: skip
-        keys_B, B = jax.vmap(jax.random.key)(seeds_B), len(active_B)
+    def decode(params, behind: Behind, cache: Cache, left_B: Int[Array, B], known_B: Int[Array, B],
+               seeds_B: Int[Array, B], index_B: Int[Array, B], settings: RowSampling, steps: Int[Array, ""],
+               width: int, num_top: int):  # fmt: skip
+        keys_B, B, W = jax.vmap(jax.random.key)(seeds_B), len(left_B), behind.hidden_BWD.shape[1]
+        keys_of = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
 
-        def one(number: Int[Array, ""], carry: tuple[Any, Float[Array, "B V"], Cache]) -> Any:
-            made, logits_BV, cache = carry
+        def goes_on(carry: Any) -> Any:
+            _, count_B, number = carry[0]
+            return (number < steps) & (count_B < left_B).any()
+
+        def one(carry: Any) -> Any:
+            (tokens, count_B, number), behind, cache, known_B = carry
             with within():
-                token_B = sample_rows(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, index_B + number), settings)
-                taken_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-                total_B = jax.nn.logsumexp(logits_BV, axis=-1)
-                best_BX, top_BX = jax.lax.top_k(logits_BV, num_top)
-                new = (token_B, taken_B - total_B, top_BX, best_BX - total_B[:, None])
-                made = jax.tree.map(lambda all_BS, new_B: all_BS.at[:, number].set(new_B), made, new)
-                model, ids_B1 = nnx.merge(graph, stacked(params)), active_B[:, None].astype(jnp.int32)
-                out = model(token_B[:, None], Documents(ids_B1, jnp.zeros_like(ids_B1)), cache=cache)
-                new_BV = jnp.where(active_B[:, None], model.logits(out)[:, 0], logits_BV)
-            return made, new_BV, in_order(out.cache) if is_better(mesh) else out.cache
+                model, active_B = nnx.merge(graph, stacked(params)), count_B < left_B
+                keys_BT = keys_of(keys_B, (index_B + count_B)[:, None] + jnp.arange(1 + draft))
+                new, num_B, behind, cache = speculate(
+                    model, behind, known_B, cache, active_B, keys_BT, settings, num_top
+                )
+                tokens, known_B = tokens.followed_by(new, count_B, num_B), jnp.minimum(known_B + num_B, W)
+            cache = in_order(cache) if is_better(mesh) else cache
+            return (tokens, count_B + num_B, number + 1), behind, cache, known_B
 
-        made = tuple(
-            jnp.zeros(shape, dtype) for shape in ((B, width), (B, width, num_top)) for dtype in (jnp.int32, jnp.float32)
-        )
-        return jax.lax.fori_loop(0, steps, one, (made, logits_BV, cache))
+        made = (Tokens.none(B, width, num_top), jnp.zeros(B, jnp.int32), jnp.int32(0))
+        return jax.lax.while_loop(goes_on, one, (made, behind, cache, known_B))[:3]
 
     def copy(cache, sources, targets):
-        def one(pool_LmkPH, source_1C, target_1C):
-            def move(i, pool_LmkPH):  # page by page, in place; for none, page 0 to itself
-                source, target = (jnp.where(target_1C[0, i] < 0, 0, x_1C[0, i]) for x_1C in (source_1C, target_1C))
-                page = jax.lax.dynamic_slice_in_dim(pool_LmkPH, source, 1, axis=1)
-                return jax.lax.dynamic_update_slice_in_dim(pool_LmkPH, page, target, axis=1)
-
-            return jax.lax.fori_loop(0, source_1C.shape[1], move, pool_LmkPH)
-
         with within():
-            run, groups = map_shards(one, (POOL, ("pages", None), ("pages", None)), POOL), []
-            for group, source, target in zip(cache.groups, sources, targets, strict=True):
-                k, v = (run(x, source, target) for x in (group.pages.k_LMKPH, group.pages.v_LMKPH))
-                groups.append(dataclasses.replace(group, pages=Pages(k, v, group.pages.table_BJ)))
-        return dataclasses.replace(cache, groups=tuple(groups))
+            return copied(cache, sources, targets)
 
+    of_row = Behind(NamedSharding(mesh, rules.spec("vocab")), whole)
     return Programs(
-        extend=jax.jit(extend, donate_argnames=("logits_BV", "cache"), out_shardings=(logits, cache)),
+        extend=jax.jit(extend, donate_argnames=("behind", "cache"), out_shardings=(behind, cache)),
         decode=jax.jit(
             decode,
-            donate_argnames=("logits_BV", "cache"),
+            donate_argnames=("behind", "cache"),
             static_argnames=("width", "num_top"),
-            out_shardings=(whole, logits, cache),  # every process reads the tokens
+            out_shardings=(whole, behind, cache),  # every process reads the tokens
         ),
         place=jax.jit(place, out_shardings=cache, donate_argnames="cache"),
         state=jax.jit(row_state),
-        logits=jax.jit(lambda logits_BV, row: logits_BV[row], out_shardings=NamedSharding(mesh, rules.spec("vocab"))),
-        set_logits=jax.jit(set_logits, donate_argnames="logits_BV", out_shardings=logits),
+        behind=jax.jit(lambda behind, row: jax.tree.map(lambda x: x[row], behind), out_shardings=of_row),
+        set_behind=jax.jit(set_behind, donate_argnames="behind", out_shardings=behind),
         copy=jax.jit(copy, out_shardings=cache, donate_argnames="cache"),
     )
 
@@ -135,11 +139,28 @@ def place(cache: Cache, row: Any, tokens_S: Int[Array, " S"], state: Any) -> Cac
     return dataclasses.replace(cache, groups=tuple(groups), tokens_BS=cache.tokens_BS.at[row].set(tokens_S))
 
 
-def set_logits(
-    logits_BV: Float[Array, "B V"], row: Any, logits_V: Float[Array, " V"], allowed_V: Bool[Array, " V"]
-) -> Float[Array, "B V"]:
-    """A row's are those, and -inf where not allowed."""
-    return logits_BV.at[row].set(jnp.where(allowed_V, logits_V, -jnp.inf))
+def set_behind(behind: Behind, row: Any, of_row: Behind, allowed_V: Bool[Array, " V"]) -> Behind:
+    """A row's are those, logits -inf where not allowed."""
+    of_row = dataclasses.replace(of_row, logits_BV=jnp.where(allowed_V, of_row.logits_BV, -jnp.inf))
+    return jax.tree.map(lambda x, new: x.at[row].set(new), behind, of_row)
+
+
+def copied(cache: Cache, sources: Any, targets: Any) -> Cache:
+    """The cache with pages copied: in each group's pools, (devices, C) of them; -1: none."""
+
+    def one(pool_LmkPH, source_1C, target_1C):
+        def move(i, pool_LmkPH):  # page by page, in place; for none, page 0 to itself
+            source, target = (jnp.where(target_1C[0, i] < 0, 0, x_1C[0, i]) for x_1C in (source_1C, target_1C))
+            page = jax.lax.dynamic_slice_in_dim(pool_LmkPH, source, 1, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(pool_LmkPH, page, target, axis=1)
+
+        return jax.lax.fori_loop(0, source_1C.shape[1], move, pool_LmkPH)
+
+    run, groups = map_shards(one, (POOL, ("pages", None), ("pages", None)), POOL), []
+    for group, source, target in zip(cache.groups, sources, targets, strict=True):
+        k, v = (run(x, source, target) for x in (group.pages.k_LMKPH, group.pages.v_LMKPH))
+        groups.append(dataclasses.replace(group, pages=Pages(k, v, group.pages.table_BJ)))
+    return dataclasses.replace(cache, groups=tuple(groups))
 
 
 def some_rows(cache: Cache, rows_R: Int[Array, " R"]) -> Cache:

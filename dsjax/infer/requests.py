@@ -8,7 +8,8 @@ from typing import Literal, cast
 
 import numpy as np
 
-from dsjax.infer.detokenize import Detokenizer
+from dsjax.config import UserError
+from dsjax.infer.detokenize import Detokenizer, check_stop
 from dsjax.infer.sampling import SamplingConfig
 
 Finish = Literal["end", "stop", "length", "cancelled"]
@@ -42,6 +43,47 @@ class Request:
     healed: int | None = None
     top_log_probs: int = 0
 
+    def check(self, max_length: int, top_log_probs: int, has_tokenizer: bool) -> None:
+        """Raises UserError: the prompt is empty, or leaves no room for a token; the engine was not made for it."""
+        length = len(self.prompt)
+        if length == 0:
+            raise UserError("a prompt is empty; give at least one token")
+        if length >= max_length:
+            raise UserError(f"a prompt has {length} tokens; the engine holds {max_length} with what it generates")
+        if self.max_tokens < 1 or self.num_samples < 1:
+            raise UserError("max_tokens and num_samples of a request must be at least 1")
+        if self.top_log_probs > top_log_probs:
+            raise UserError(f"top_log_probs is {self.top_log_probs}; the engine was made for {top_log_probs}")
+        if self.stop and not has_tokenizer:
+            raise UserError("a request has stop strings; they need an engine that has a tokenizer")
+        check_stop(self.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """What became of drafts: how many there were, how many of them were accepted, and in how many steps."""
+
+    proposed: int = 0
+    accepted: int = 0
+    steps: int = 0
+
+    def __add__(self, other: Drafts) -> Drafts:
+        return Drafts(self.proposed + other.proposed, self.accepted + other.accepted, self.steps + other.steps)
+
+    @property
+    def share(self) -> float:
+        """Of the drafts, how many were accepted."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Each step gives one token and the accepted drafts."""
+        return 1 + self.accepted / self.steps if self.steps else 0.0
+
+    def __str__(self) -> str:
+        each = self.proposed // max(self.steps, 1)
+        return f"accepted {self.share:.0%} of {each} drafts a step, {self.tokens_per_step:.1f} tokens a step"
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -54,6 +96,7 @@ class Event:
         log_probs: what the model gave each.
         text: that became certain (empty if the engine has no tokenizer).
         top: for each token the likeliest ones with their log-probabilities, best first.
+        drafts: that these tokens took.
         finish: why there is no more; None: there is. ``end``: an end token; ``stop``: a stop string; ``length``: as
             many tokens as were asked for, or as fit; ``cancelled``.
     """
@@ -64,6 +107,7 @@ class Event:
     log_probs: list[float]
     text: str = ""
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    drafts: Drafts = Drafts()
     finish: Finish | None = None
 
     @property
@@ -76,7 +120,8 @@ class Event:
 class Running:
     """A continuation in the engine: its tokens so far, and how many of them are in the cache, if it has a row.
 
-    ``keys`` are those of its prefixes on the batch part of its row.
+    ``keys`` are those of its prefixes on the batch part of its row. What modules draft from is known of the positions
+    from ``begun`` on.
     """
 
     number: int
@@ -88,6 +133,7 @@ class Running:
     text: Detokenizer | None
     row: int = -1
     filled: int = 0
+    begun: int = 0
     keys: list[bytes] = dataclasses.field(default_factory=list)
     keys_of_part: dict[int, list[bytes]] = dataclasses.field(default_factory=dict)
 
@@ -108,10 +154,10 @@ class Running:
     def seed(self) -> int:
         return (self.request.seed + self.sample) % 2**32
 
-    def add(self, tokens: list[int], log_probs: list[float], top: list[list[tuple[int, float]]]) -> Event:
-        """Takes what was decoded, up to where it ends."""
+    def add(self, new: Decoded, draft: int) -> Event:
+        """Takes what was decoded, with ``draft`` drafts a step, up to where it ends."""
         text, taken, finish = "", 0, cast(Finish | None, None)
-        for token in tokens[: self.limit - len(self.tokens)]:
+        for token in new.tokens[: self.limit - len(self.tokens)]:
             if token in self.end_ids:
                 finish = "end"
                 break
@@ -121,19 +167,32 @@ class Running:
                 if self.text.stopped:
                     finish = "stop"
                     break
-        self.tokens += tokens[:taken]
+        tokens, used = new.tokens[:taken], new.drafted[: taken + (finish == "end")]
+        self.tokens += tokens
         self.filled = len(self.tokens)
         if finish is None and len(self.tokens) == self.limit:
             finish = "length"
         if finish is not None and self.text is not None:
             text += self.text.end()
         more = self.request.top_log_probs
-        top = [best[:more] for best in top[:taken]] if more else []
-        return Event(self.number, self.sample, tokens[:taken], log_probs[:taken], text, top, finish)
+        top = [best[:more] for best in new.top[:taken]] if more else []
+        steps, accepted = used.count(False), used.count(True)
+        drafts = Drafts(steps * draft, accepted, steps if draft else 0)
+        return Event(self.number, self.sample, tokens, new.log_probs[:taken], text, top, drafts, finish)
 
     def cancelled(self) -> Event:
         """The last event of what is not wanted any more."""
         return Event(self.number, self.sample, [], [], finish="cancelled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What was decoded of a row: tokens, their log-probabilities, the likeliest ones, and which of them were drafts."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    top: list[list[tuple[int, float]]]
+    drafted: list[bool]
 
 
 @dataclasses.dataclass
@@ -144,6 +203,7 @@ class Completion:
     log_probs: list[float] = dataclasses.field(default_factory=list)
     text: str = ""
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    drafts: Drafts = Drafts()
     finish: Finish | None = None
 
 
@@ -156,14 +216,17 @@ def collected(events: Iterable[Event]) -> dict[int, list[Completion]]:
         all_of_it.log_probs += event.log_probs
         all_of_it.text += event.text
         all_of_it.top += event.top
+        all_of_it.drafts += event.drafts
         all_of_it.finish = event.finish
     return {number: [samples[i] for i in sorted(samples)] for number, samples in found.items()}
 
 
 @dataclasses.dataclass
 class Counts:
-    """What an engine did: tokens computed in prefill and taken over from earlier prompts, continuations preempted."""
+    """What an engine did: tokens computed in prefill and taken over from earlier prompts, continuations preempted, and
+    what became of drafts."""
 
     prefilled: int = 0
     reused: int = 0
     preempted: int = 0
+    drafts: Drafts = Drafts()

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.models.multi_token import MULTI_TOKEN, MultiTokenConfig, MultiTokenModule, shifted
-from dsjax.models.stack import REMAT, Block, scanned, unrolled
+from dsjax.models.stack import REMAT, Block, kept, scanned, unrolled
 from dsjax.nn.attention import AttentionConfig
-from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, append, empty_group, slots_by_head, written
+from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, append, empty_group, written
 from dsjax.nn.history import Copy, CopyConfig, CopyHead, History, NgramConfig, NgramEmbedding, longest_match
-from dsjax.nn.latent_attention import LatentAttentionConfig
+from dsjax.nn.latent_attention import LatentAttentionConfig, indexer_loss
 from dsjax.nn.masks import Documents, Leaf
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import DynamicCapacity, MoE, MoEConfig
@@ -134,14 +134,14 @@ class DecoderConfig:
         """
         pairs = 0.0
         for attention, layer, num_layers in self.attentions():
-            pairs += num_layers * attention.pair_channels * attention.visible_positions(seq_len, layer)
+            pairs += num_layers * attention.pair_products(seq_len, layer) / seq_len
         if not training:
             return 2 * (self.num_matmul_params() + pairs)
         further = 0.0
         if self.multi_token is not None:
             D, a, ffn = self.d_model, self.groups[-1].attention, self.groups[-1].ffn
             weights = a.num_matmul_params(D) + ffn.num_active_params(D) + (2 * D + self.vocab_size) * D
-            further = self.multi_token.num_modules * (weights + a.pair_channels * a.visible_positions(seq_len))
+            further = self.multi_token.num_modules * (weights + a.pair_products(seq_len) / seq_len)
         return 6 * (self.num_matmul_params() + pairs + further)
 
     def num_matmul_params(self) -> int:
@@ -290,10 +290,14 @@ class Decoder(nnx.Module):
                 router[f"group_{index}"] = stats
         if cache is not None:
             new_B = jnp.sum(documents.ids_BT > 0, axis=1, dtype=jnp.int32)
-            cache = Cache(tuple(caches), cache.lengths_B + new_B, cache.tokens_BS)
+            of_modules = cache.groups[len(caches) :]
+            cache = Cache((*caches, *of_modules), cache.lengths_B + new_B, cache.tokens_BS)
         hidden_BTD = self.final_norm(x_BTD)
         copy = self.copy.bonus(hidden_BTD, *match) if self.cfg.copy is not None else None
-        return DecoderOutput(hidden_BTD, cache, router, self.auxiliary_losses(router), copy)
+        losses = self.auxiliary_losses(router)
+        if cache is None:
+            losses |= indexer_loss([group.attention for group in self.cfg.groups], caches)
+        return DecoderOutput(hidden_BTD, cache, router, losses, copy)
 
     def _run_group(self, index, depths, x_BTD, documents, history, rope, cache, lengths_B):
         graph, state = nnx.split(getattr(self, f"group_{index}"))
@@ -329,18 +333,11 @@ class Decoder(nnx.Module):
         run = unrolled if self.compute.unroll else functools.partial(scanned, differentiable=cache is None)
         x_BTD, (new, stats) = run(layers, x_BTD, (weights, old and old.state, numbers), len(depths), wrap)
         if old is None:
-            return x_BTD, None, stats
-        slots_NBTn = None
-        if lengths_B is not None:
-            new_B = jnp.sum(documents.ids_BT > 0, axis=1)
-            T = x_BTD.shape[1]
-            slots_NBTn = jnp.stack([slots_by_head(attention.mask(depth), lengths_B, T, new_B) for depth in turn])
-            if self.compute.unroll:
-                # Written when all layers have read it. XLA:CPU must see that, or it copies the cache: so the slots
-                # depend on the output, by a number that is 0.
-                one = x_BTD.reshape(-1)[0]
-                slots_NBTn += ((one != one) & (one > 0)).astype(jnp.int32)
-        return x_BTD, written(old, new, slots_NBTn), stats
+            return x_BTD, new, stats  # what layers make without a cache: the losses of their indexers, or None
+        if lengths_B is None:
+            return x_BTD, written(old, new, None), stats
+        masks = [attention.mask(depth) for depth in turn]
+        return x_BTD, kept(old, new, masks, documents, lengths_B, x_BTD, in_order=self.compute.unroll), stats
 
     def further_hidden(
         self, out: DecoderOutput, tokens_BT: Int[Array, "B T"], documents: Documents
@@ -362,7 +359,8 @@ class Decoder(nnx.Module):
             def run(weights: Any, hidden_BTD: Any, number: int = number) -> Any:
                 module = nnx.merge(graph, jax.tree.map(lambda x: x[number], weights))
                 embedded_BTD = self.embedding[...][shifted(tokens_BT, number + 1)].astype(self.compute.dtype)
-                return module(hidden_BTD, embedded_BTD, documents, rope, depth=self.cfg.num_layers + number)
+                found = module(hidden_BTD, embedded_BTD, documents, rope, depth=self.cfg.num_layers + number)
+                return found[0], found[2]
 
             if self.compute.remat != "none":
                 run = jax.checkpoint(run, policy=REMAT[self.compute.remat], prevent_cse=False)
@@ -370,6 +368,52 @@ class Decoder(nnx.Module):
             found.append(hidden_BTD)
             stats.append(own)
         return found, None if stats[0] is None else jax.tree.map(lambda *xs: jnp.stack(xs), *stats)
+
+    def draft_hidden(
+        self,
+        number: int,
+        hidden_BTD: Float[Array, "B T D"],
+        tokens_BT: Int[Array, "B T"],
+        ids_BT: Int[Array, "B T"],
+        lengths_B: Int[Array, B],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The same of module ``number``, from 0, for the T positions behind the first ``lengths_B`` of each row.
+
+        Args:
+            number: of the module.
+            hidden_BTD: of the model, or of the module before, at these positions.
+            tokens_BT: the tokens ``number + 1`` places ahead of them.
+            ids_BT: 0 for padding, which stands at the end of a row.
+            lengths_B: how many positions of its own cache the module looks at.
+            cache: with those of the modules.
+
+        Returns:
+            Hidden states, and the cache with the positions written; its lengths, the model's, are as they were.
+        """
+        (graph, state), index = nnx.split(self.multi_token), len(self.cfg.groups) + number
+        stack, a, old = nnx.to_pure_dict(state), self.cfg.groups[-1].attention, cache.groups[index]
+        weights = jax.tree.map(lambda x: x[number], stack)
+        if isinstance(self.cfg.groups[-1].ffn, MoEConfig):  # a cached layer has the experts of its whole group
+            experts = {name: stack["block"]["ffn"][name] for name in MoE.EXPERTS}
+            weights["block"]["ffn"] |= {name: w[number : number + 1] for name, w in experts.items()}
+        positions_BT = lengths_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        documents, depth = Documents(ids_BT, positions_BT), self.cfg.num_layers + number
+        with jax.named_scope(f"module_{number}"):
+            state = jax.tree.map(lambda x: x[0], old.state)
+            hidden_BTD, made, _ = nnx.merge(graph, weights)(
+                hidden_BTD,
+                self.embedding[...][tokens_BT].astype(self.compute.dtype),
+                documents,
+                rope_angles(positions_BT, a.rope_width, a.rope_theta, a.rope_scaling),
+                depth=depth,
+                cache=LayerCache(old.pages, jnp.int32(0), state, a.cache_size(cache.tokens_BS.shape[1])[0]),
+                lengths_B=lengths_B,
+            )
+            made = jax.tree.map(lambda x: x[None], made)
+            at = (documents, lengths_B, hidden_BTD)
+            new = kept(old, made, [a.mask(depth)], *at, in_order=self.compute.unroll)
+        return hidden_BTD, dataclasses.replace(cache, groups=(*cache.groups[:index], new, *cache.groups[index + 1 :]))
 
     def auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
         """The routers' losses, already weighted, of some groups of experts."""
@@ -399,10 +443,14 @@ class Decoder(nnx.Module):
 
     def logits(self, out: DecoderOutput) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
-        # Not transposed: XLA:CPU would copy the embedding for each token.
-        w, dims = (self.embedding[...], "VD") if self.cfg.tied else (self.w_logits[...], "DV")
-        w = w.astype(out.hidden_BTD.dtype)
-        logits_BTV = jnp.einsum(f"BTD,{dims}->BTV", out.hidden_BTD, w).astype(jnp.float32)
+        dtype = out.hidden_BTD.dtype
+        if self.cfg.tied:
+            # The result turned, not the embedding: XLA:CPU would copy that for each token. And the embedding in front:
+            # behind, for two to a few dozen rows it takes up to twice as long.
+            w_VD = self.embedding[...].astype(dtype)
+            logits_BTV = jnp.einsum("VD,BTD->VBT", w_VD, out.hidden_BTD).transpose(1, 2, 0).astype(jnp.float32)
+        else:
+            logits_BTV = jnp.einsum("BTD,DV->BTV", out.hidden_BTD, self.w_logits[...].astype(dtype)).astype(jnp.float32)
         if out.copy is not None:
             chosen_BTV = jnp.arange(self.cfg.vocab_size) == out.copy.token_BT[..., None]
             logits_BTV = logits_BTV + jnp.where(chosen_BTV, out.copy.bonus_BT[..., None], 0)
@@ -418,13 +466,16 @@ class Decoder(nnx.Module):
         parts: tuple[int, int] = (1, 1),
         lanes: int = 1,
         pools: Sequence[int] | None = None,
+        num_drafting: int = 0,
     ) -> Cache:
         """A cache for ``batch`` sequences of up to ``slots`` positions (see :func:`dsjax.nn.cache.empty_pages`).
 
-        ``pools``: of each group, the pages of a device's pool, which no sequence owns yet.
+        ``pools``: of each group, the pages of a device's pool, which no sequence owns yet. ``num_drafting``: of so many
+        modules of ``multi_token``, from the first on, there is a group each behind those of the model.
         """
         dtype, groups = dtype or self.compute.dtype, []
-        for index, (g, num_layers) in enumerate(self.cfg.sized_groups()):
+        of_modules = [(self.cfg.groups[-1], 1)] * num_drafting
+        for index, (g, num_layers) in enumerate([*self.cfg.sized_groups(), *of_modules]):
             a, pool = g.attention, None if pools is None else pools[index]
             conv = (max(a.conv_taps - 1, 0), self.cfg.d_model)
             layout: dict[str, Any] = {"page_size": page_size, "parts": parts, "lanes": lanes, "pool": pool}

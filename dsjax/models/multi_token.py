@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from dsjax.config import NonNegativeFloat, PositiveInt
 from dsjax.models.stack import Block
 from dsjax.nn.attention import AttentionConfig
+from dsjax.nn.cache import LayerCache, Made
 from dsjax.nn.latent_attention import LatentAttentionConfig
 from dsjax.nn.linear import project
 from dsjax.nn.masks import Documents
@@ -67,8 +68,10 @@ class MultiTokenModule(nnx.Module):
         rope: tuple[Float[Array, "B T h"], ...],
         *,
         depth: int,
-    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        """Hidden states that predict one token more than ``hidden_BTD`` do, and what the router did.
+        cache: LayerCache | None = None,
+        lengths_B: Int[Array, B] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Made | None, RouterStats | None]:
+        """Hidden states that predict one token more than ``hidden_BTD`` do, what to keep, and what the router did.
 
         Args:
             hidden_BTD: of the model, or of the module before, behind the final norm.
@@ -76,13 +79,21 @@ class MultiTokenModule(nnx.Module):
             documents: which document each position belongs to.
             rope: table of :func:`dsjax.nn.rope.rope_angles`.
             depth: number of the layer, as far as it says what a query sees.
+            cache: of its layer, and the positions that it holds: as for :class:`dsjax.nn.attention.Attention`.
+            lengths_B: see ``cache``.
         """
         both_BT2D = jnp.stack([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], axis=2)
         x_BTD = shard(project(both_BT2D, self.w_join[...], num_inputs=2), "batch", "length", None)
-        x_BTD, _, stats = self.block(
-            x_BTD, documents=documents, positions_BT=documents.positions_BT, rope=rope, depth=depth
+        x_BTD, made, stats = self.block(
+            x_BTD,
+            documents=documents,
+            positions_BT=documents.positions_BT,
+            rope=rope,
+            depth=depth,
+            cache=cache,
+            lengths_B=lengths_B,
         )
-        return self.final_norm(x_BTD), stats
+        return self.final_norm(x_BTD), made, stats
 
 
 def shifted(x_BT: Shaped[Array, "B T"], by: int) -> Shaped[Array, "B T"]:

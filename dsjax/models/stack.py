@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from dsjax.nn.attention import AttentionConfig
+from dsjax.nn.cache import GroupCache, Made, slots_by_head, written
 from dsjax.nn.latent_attention import LatentAttentionConfig
+from dsjax.nn.masks import AttentionMask, Documents
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.nn.norm import RMSNorm
@@ -120,6 +123,29 @@ def scanned(
     rest = jax.tree.map(lambda x: x[in_turns:], stacked)
     x, more = unrolled(layers, x, rest, num_layers - in_turns, wrap)
     return x, jax.tree.map(lambda *ys: jnp.concatenate(ys), made, more)
+
+
+def kept(
+    old: GroupCache,
+    made: Made,
+    masks: Sequence[AttentionMask],
+    documents: Documents,
+    lengths_B: Int[Array, B],
+    x_BTD: Float[Array, "B T D"],
+    *,
+    in_order: bool,
+) -> GroupCache:
+    """The cache of a group of layers, which see ``masks`` in turn, with what they made of T new positions.
+
+    ``in_order``: not before they have put out ``x_BTD``. If layers are written out, XLA:CPU must see that, or it copies
+    the cache: so the slots depend on the output, by a number that is 0.
+    """
+    new_B, T = jnp.sum(documents.ids_BT > 0, axis=1), x_BTD.shape[1]
+    slots_NBTn = jnp.stack([slots_by_head(mask, lengths_B, T, new_B) for mask in masks])
+    if in_order:
+        one = x_BTD.reshape(-1)[0]
+        slots_NBTn += ((one != one) & (one > 0)).astype(jnp.int32)
+    return written(old, made, slots_NBTn)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

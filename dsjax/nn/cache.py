@@ -39,7 +39,8 @@ class Pages:
 
     Attributes:
         k_LMKPH, v_LMKPH: M pages of P slots in each of L layers; finite numbers. Heads may be filled up with zeros.
-            In latent attention keys begin with values, and those are 0 wide.
+            In latent attention keys begin with values, and in place of those there is what an indexer looks at (0
+            wide without one).
         table_BJ: the page of each logical page of a row, the same in all layers; -1: it has none.
     """
 
@@ -288,7 +289,8 @@ def filled(
                 head = mask.size - mask.window
                 cut_bJWkH = cut(new_bTkH, mask)
                 head_bSkH = cut_bJWkH[jnp.arange(b), mask.of(lengths_b - 1), :head]
-                all_bSkH = jnp.concatenate([head_bSkH, cut_bJWkH[:, :, head:].reshape(b, -1, *kH)], axis=1)
+                tails_bSkH = cut_bJWkH[:, :, head:].reshape(b, cut_bJWkH.shape[1] * mask.window, *kH)  # H may be 0
+                all_bSkH = jnp.concatenate([head_bSkH, tails_bSkH], axis=1)
             return _resized(all_bSkH, columns * P)
 
         part, parts = own_part()

@@ -111,14 +111,7 @@ def attend_held(
                     out, log = _pages_by_head(*pages, mask, attention)
                 else:
                     out, log = _all_pages(*pages, mask, attention)
-        out = out[..., :value_width]
-        if not over:
-            return out, log
-        top = jax.lax.pmax(log, over)
-        share = jnp.where(log > -jnp.inf, jnp.exp(log - top), 0)
-        total = jax.lax.psum(share, over)
-        out = jax.lax.psum(out * share[..., None], over) / jnp.where(total > 0, total, 1)[..., None]
-        return out, top + jnp.log(total)
+        return over_devices(out[..., :value_width], log, over)
 
     q, log = ("batch", None, "kv_heads", None, None), ("batch", None, "kv_heads", None)
     axes = [q, POOL, POOL, ("batch", "slots"), ("batch",), ()]
@@ -127,6 +120,19 @@ def attend_held(
     if chosen_BTKX is not None:
         axes, arrays = [*axes, log], [*arrays, chosen_BTKX]
     return map_shards(attend, tuple(axes), (q, log))(*arrays)
+
+
+def over_devices(
+    out: Float[Array, "... U"], log: Float[Array, ...], over: tuple[str, ...]
+) -> tuple[Float[Array, "... U"], Float[Array, ...]]:
+    """Inside a :func:`map_shards`: one softmax over what the devices along ``over`` saw, each of its own slots."""
+    if not over:
+        return out, log
+    top = jax.lax.pmax(log, over)
+    share = jnp.where(log > -jnp.inf, jnp.exp(log - top), 0)
+    total = jax.lax.psum(share, over)
+    out = jax.lax.psum(out * share[..., None], over) / jnp.where(total > 0, total, 1)[..., None]
+    return out, top + jnp.log(total)
 
 
 def _all_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, mask: Causal | Segments, attention):

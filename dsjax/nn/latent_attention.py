@@ -11,7 +11,9 @@ all heads share. Two forms of the same thing:
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +22,8 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import PositiveFloat, PositiveInt, UserError
 from dsjax.nn.cache import LayerCache, Made
 from dsjax.nn.cached_attention import all_kept, cached_attention, to_keep
+from dsjax.nn.indexed_attention import indexed_cached_attention, indexed_row_attention
+from dsjax.nn.indexer import Index, Indexer, IndexerConfig, mean_divergence
 from dsjax.nn.linear import project
 from dsjax.nn.masks import Documents, Segmented
 from dsjax.nn.norm import RMSNorm
@@ -44,6 +48,7 @@ class LatentAttentionConfig(Visibility):
         rope_scaling: how they are stretched to longer contexts, or none.
         window: a query sees this many last positions; none: all of its document.
         segmented: a query sees its own segment and the tails of the earlier ones; none: all of its document.
+        indexer: chooses the positions that a query sees (DeepSeek-V3.2); none: all of its document.
     """
 
     num_heads: PositiveInt = 16
@@ -56,6 +61,7 @@ class LatentAttentionConfig(Visibility):
     rope_scaling: RopeScaling | None = None
     window: PositiveInt | None = None
     segmented: Segmented | None = None
+    indexer: IndexerConfig | None = None
 
     conv_taps: ClassVar[int] = 0
     num_cached_heads: ClassVar[int] = 1
@@ -70,6 +76,17 @@ class LatentAttentionConfig(Visibility):
                 f"segmented.top_segments is {self.segmented.top_segments}; it must be none with latent attention, whose"
                 " heads share what a cache could choose by"
             )
+        if self.indexer is not None:
+            self._validate_indexer(self.indexer)
+
+    def _validate_indexer(self, indexer: IndexerConfig) -> None:
+        for name, value in (("window", self.window), ("segmented", self.segmented)):
+            if value is not None:
+                raise UserError(f"{name} is {value}; it must be none beside indexer, which chooses among all positions")
+        if self.q_rank is None:
+            raise UserError("q_rank is none; an indexer makes its queries of the queries' latent")
+        if indexer.head_dim < self.rope_dim:
+            raise UserError(f"indexer.head_dim is {indexer.head_dim}; it must be at least rope_dim, {self.rope_dim}")
 
     @property
     def rope_width(self) -> int:
@@ -87,8 +104,8 @@ class LatentAttentionConfig(Visibility):
 
     @property
     def cached_widths(self) -> tuple[int, int]:
-        """Of a key and of a value in a cache: here a key begins with its value."""
-        return self.kv_rank + self.rope_dim, 0
+        """Of a key and of a value in a cache: a key begins with its value here, and an index key stands for that."""
+        return self.kv_rank + self.rope_dim, 0 if self.indexer is None else self.indexer.head_dim
 
     @property
     def pair_channels(self) -> int:
@@ -104,16 +121,32 @@ class LatentAttentionConfig(Visibility):
     def product_channels(self) -> int:
         """Channels that the products with weights make of a position, the output apart."""
         N, down = self.num_heads, self.kv_rank + self.rope_dim + (self.q_rank or 0)
+        if self.indexer is not None:
+            down += self.indexer.product_channels
         return down + N * (2 * self.nope_dim + self.rope_dim + 2 * self.v_dim)
 
     def num_matmul_params(self, d_model: int) -> int:
         D, N, R, Q = d_model, self.num_heads, self.kv_rank, self.q_rank
         heads = N * (self.nope_dim + self.rope_dim)
         queries = D * heads if Q is None else Q * (D + heads)
+        if self.indexer is not None and Q is not None:
+            queries += self.indexer.num_matmul_params(D, Q)
         return queries + D * (R + self.rope_dim) + R * N * (self.nope_dim + self.v_dim) + N * self.v_dim * D
 
     def num_params(self, d_model: int) -> int:
-        return self.num_matmul_params(d_model) + self.kv_rank + (self.q_rank or 0)
+        vectors = self.kv_rank + (self.q_rank or 0) + (2 * self.indexer.head_dim if self.indexer is not None else 0)
+        return self.num_matmul_params(d_model) + vectors
+
+    def visible_pairs(self, length: int, layer: int = 0) -> float:
+        """Pairs of a query and a position that it attends to, of a document of ``length``."""
+        if self.indexer is None or self.indexer.warm_up:
+            return super().visible_pairs(length, layer)
+        return dataclasses.replace(self, indexer=None, window=self.indexer.top_k).visible_pairs(length)
+
+    def pair_products(self, length: int, layer: int = 0, *, cached: bool = False) -> float:
+        """Channels of all products of pairs: of the attention's, and of all that the indexer scores."""
+        scored = 0 if self.indexer is None else self.indexer.pair_channels * length * (length + 1) // 2
+        return super().pair_products(length, layer, cached=cached) + scored
 
     def make(self, d_model: int, *, out_scale: float, rngs: nnx.Rngs) -> nnx.Module:
         return LatentAttention(self, d_model, out_scale=out_scale, rngs=rngs)
@@ -137,6 +170,8 @@ class LatentAttention(nnx.Module):
         self.w_k_up = param(rngs, (R, N, C), heads, fan_in=R)
         self.w_v_up = param(rngs, (R, N, U), heads, fan_in=R)
         self.w_out = param(rngs, (N, U, D), ("heads", "head_dim", "embed"), fan_in=N * U, scale=out_scale)
+        if cfg.indexer is not None and Q is not None:
+            self.indexer = Indexer(cfg.indexer, D, Q, rngs=rngs)
 
     def __call__(
         self,
@@ -148,40 +183,35 @@ class LatentAttention(nnx.Module):
         cache: LayerCache | None = None,
         lengths_B: Int[Array, B] | None = None,
         layer: int = 0,
-    ) -> tuple[Float[Array, "B T D"], Made | None]:
-        """The layer's output, and what a cache must keep of these T positions.
+    ) -> tuple[Float[Array, "B T D"], Made | Float[Array, ""] | None]:
+        """The layer's output, and what a cache must keep of these T positions; without a cache the indexer's loss.
 
         Arguments and results are those of :class:`dsjax.nn.attention.Attention`; the cache has one key/value head.
         """
         del positions_BT  # the rotary table has them
         cfg, mask = self.cfg, self.cfg.mask(layer)
-        q_BTNC, q_BTNr = self._queries(x_BTD, rope)
+        x_BTQ = x_BTD if cfg.q_rank is None else self.q_norm(project(x_BTD, self.w_q_down[...]))
+        q_BTNH = project(x_BTQ, self.w_q[...] if cfg.q_rank is None else self.w_q_up[...])
+        q_BTNC, q_BTNr = jnp.split(q_BTNH, [cfg.nope_dim], axis=-1)
+        q_BTNr = apply_rope(q_BTNr, rope)
         latent_BTR, k_BTr = jnp.split(project(x_BTD, self.w_kv_down[...]), [cfg.kv_rank], axis=-1)
         latent_BTR, k_BTr = self.kv_norm(latent_BTR), apply_rope(k_BTr, rope)
+        index = None if cfg.indexer is None else self.indexer(x_BTD, x_BTQ, rope)
+        made: Made | Float[Array, ""] | None = None
         if cache is None or lengths_B is None:
-            out_BTNU = self._naive(q_BTNC, q_BTNr, latent_BTR, k_BTr, documents, mask)
+            out_BTNU, made = self._naive(q_BTNC, q_BTNr, latent_BTR, k_BTr, index, documents, mask)
         else:
-            out_BTNU = self._absorbed(q_BTNC, q_BTNr, latent_BTR, k_BTr, cache, lengths_B, mask)
-        made = None
+            out_BTNU = self._absorbed(q_BTNC, q_BTNr, latent_BTR, k_BTr, index, cache, lengths_B, mask)
         if cache is not None:
             kept_BT1H = jnp.concatenate([latent_BTR, k_BTr], axis=-1)[:, :, None]
-            none_BT10 = kept_BT1H[..., :0]
+            index_BT1d = kept_BT1H[..., :0] if index is None else index.k_BTd[:, :, None]
             if lengths_B is None:
-                made = all_kept(kept_BT1H, none_BT10, cache, cache.state, documents.ids_BT, mask)
+                made = all_kept(kept_BT1H, index_BT1d, cache, cache.state, documents.ids_BT, mask)
             else:
                 made = Made(
-                    to_keep(kept_BT1H, cache.pages.k_LMKPH), to_keep(none_BT10, cache.pages.v_LMKPH), cache.state
+                    to_keep(kept_BT1H, cache.pages.k_LMKPH), to_keep(index_BT1d, cache.pages.v_LMKPH), cache.state
                 )
         return project(out_BTNU, self.w_out[...], num_inputs=2), made
-
-    def _queries(self, x_BTD, rope):
-        """Without and with positions."""
-        if self.cfg.q_rank is None:
-            q_BTNH = project(x_BTD, self.w_q[...])
-        else:
-            q_BTNH = project(self.q_norm(project(x_BTD, self.w_q_down[...])), self.w_q_up[...])
-        q_BTNC, q_BTNr = jnp.split(q_BTNH, [self.cfg.nope_dim], axis=-1)
-        return q_BTNC, apply_rope(q_BTNr, rope)
 
     @property
     def _scale(self) -> float:
@@ -189,20 +219,56 @@ class LatentAttention(nnx.Module):
         sharpness = 1.0 if cfg.rope_scaling is None else cfg.rope_scaling.sharpness
         return (cfg.nope_dim + cfg.rope_dim) ** -0.5 * sharpness
 
-    def _naive(self, q_BTNC, q_BTNr, latent_BTR, k_BTr, documents, mask):
-        """Each head with its own keys and values."""
+    def _naive(self, q_BTNC, q_BTNr, latent_BTR, k_BTr, index: Index | None, documents, mask):
+        """Each head with its own keys and values; and the indexer's loss."""
         k_BTNC, v_BTNU = project(latent_BTR, self.w_k_up[...]), project(latent_BTR, self.w_v_up[...])
         k_BTNr = jnp.broadcast_to(k_BTr[:, :, None], q_BTNr.shape)
         q_BTNH, k_BTNH = (jnp.concatenate(parts, axis=-1) for parts in ((q_BTNC, q_BTNr), (k_BTNC, k_BTNr)))
+        if index is not None:
+            out_BTNU, divergence_BT = indexed_row_attention(
+                q_BTNH, k_BTNH, v_BTNU, index, documents, self.indexer.cfg, scale=self._scale
+            )
+            return out_BTNU, mean_divergence(divergence_BT, documents.ids_BT > 0)
         q_BTN1H, heads = q_BTNH[:, :, :, None], ("heads", None)
-        return row_attention(q_BTN1H, k_BTNH, v_BTNU, documents, mask, scale=self._scale, heads=heads)[:, :, :, 0]
+        out_BTN1U = row_attention(q_BTN1H, k_BTNH, v_BTNU, documents, mask, scale=self._scale, heads=heads)
+        return out_BTN1U[:, :, :, 0], None
 
-    def _absorbed(self, q_BTNC, q_BTNr, latent_BTR, k_BTr, cache, lengths_B, mask):
+    def _absorbed(self, q_BTNC, q_BTNr, latent_BTR, k_BTr, index: Index | None, cache, lengths_B, mask):
         """All heads with one key and one value, the latent."""
         dtype = q_BTNC.dtype
         q_BTNR = jnp.einsum("BTNC,RNC->BTNR", q_BTNC, self.w_k_up[...].astype(dtype))
-        q_BT1NH = jnp.concatenate([q_BTNR, q_BTNr], axis=-1)[:, :, None]
-        k_BT1H = jnp.concatenate([latent_BTR, k_BTr], axis=-1)[:, :, None]
-        out_BT1NR = cached_attention(q_BT1NH, k_BT1H, latent_BTR[:, :, None], cache, lengths_B, mask, scale=self._scale)
-        out_BTNR = shard(out_BT1NR[:, :, 0], "batch", None, "heads", None)
+        q_BTNH, k_BTH = (jnp.concatenate(parts, axis=-1) for parts in ((q_BTNR, q_BTNr), (latent_BTR, k_BTr)))
+        if index is not None and self._chooses(cache):
+            run = functools.partial(indexed_cached_attention, scale=self._scale, value_width=self.cfg.kv_rank)
+            out_BTNR = run(q_BTNH, k_BTH, index, cache, lengths_B, self.indexer.cfg)
+        else:
+            without = dataclasses.replace(cache.pages, v_LMKPH=cache.pages.v_LMKPH[..., :0])  # they are no values
+            parts = (q_BTNH[:, :, None], k_BTH[:, :, None], latent_BTR[:, :, None])
+            cache = dataclasses.replace(cache, pages=without)
+            out_BTNR = cached_attention(*parts, cache, lengths_B, mask, scale=self._scale)[:, :, 0]
+        out_BTNR = shard(out_BTNR, "batch", None, "heads", None)
         return jnp.einsum("BTNR,RNU->BTNU", out_BTNR, self.w_v_up[...].astype(dtype))
+
+    def _chooses(self, cache: LayerCache) -> bool:
+        """Whether a row can have more positions than the indexer takes."""
+        indexer = self.cfg.indexer
+        return indexer is not None and not indexer.warm_up and (cache.slots is None or cache.slots > indexer.top_k)
+
+
+def indexer_loss(attentions: Sequence[Any], made: Sequence[Any]) -> dict[str, Float[Array, ""]]:
+    """What a model's indexers learn by, weighted: a mean over the layers that have one; nothing if none has.
+
+    Args:
+        attentions: the config of each group of layers.
+        made: what the layers of each group made of whole rows, without a cache.
+    """
+    weighted, layers = jnp.float32(0), 0
+    for attention, loss_L in zip(attentions, made, strict=True):
+        if isinstance(attention, LatentAttentionConfig) and attention.indexer is not None:
+            weighted, layers = weighted + attention.indexer.loss_coef * jnp.sum(loss_L), layers + len(loss_L)
+    return {"indexer": weighted / layers} if layers else {}
+
+
+def only_indexers_learn(attentions: Sequence[Any]) -> bool:
+    """Whether a model's indexers are in the first stage of their training, in which nothing else learns."""
+    return any(isinstance(a, LatentAttentionConfig) and a.indexer is not None and a.indexer.warm_up for a in attentions)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, Share, UserError
 from dsjax.nn.expert_parallel import apply_experts, at_home
+from dsjax.nn.lora import FrozenWeight
 from dsjax.nn.mlp import MLP
 from dsjax.nn.placement import moved_mean
 from dsjax.nn.router import (
@@ -253,9 +254,16 @@ class MoE(nnx.Module):
         up, down = (*stack, "expert", None, "mlp"), (*stack, "expert", "mlp", None)
         bias_E = self.selection_bias[...] if cfg.has_bias else None
         replicas_R = self.replicas[...].astype(jnp.int32) if cfg.num_replicas else None
-        weights = (getattr(self, name)[...].astype(x_BTD.dtype) for name in self.EXPERTS)
-        run = map_shards(own, (tokens, tokens, tokens[:2], (), (), up, up, down, ()), (tokens, (), ()))
-        return run(x_BTD, scores_BTE, counted_BT, bias_E, replicas_R, *weights, layer)
+        weights = [getattr(self, name)[...] for name in self.EXPERTS]
+        on_shards = map_shards(own, (tokens, tokens, tokens[:2], (), (), up, up, down, ()), (tokens, (), ()))
+
+        def run(x_BTD: Any, scores_BTE: Any, *weights: Any) -> Any:
+            arrays = (w.astype(x_BTD.dtype) for w in weights)
+            return on_shards(x_BTD, scores_BTE, counted_BT, bias_E, replicas_R, *arrays, layer)
+
+        if any(isinstance(w, FrozenWeight) for w in weights):
+            run = jax.checkpoint(run)  # the backward pass keeps them as they are stored, and writes them out again
+        return run(x_BTD, scores_BTE, *weights)
 
     def _losses(
         self, logits_BTE: Any, scores_BTE: Any, probs_BTE: Any, counted_BT: Any, sums: RouterSums

@@ -20,6 +20,12 @@ class Visibility:
         @property
         def num_cached_heads(self) -> int: ...
 
+        @property
+        def pair_channels(self) -> int: ...
+
+        @property
+        def cached_pair_channels(self) -> int: ...
+
     def masks(self) -> tuple[AttentionMask, ...]:
         """What the layers of a model see in turn: layer n what stands at n modulo the length."""
         return (Causal(self.window),) if self.segmented is None else self.segmented.layers(self.num_cached_heads)
@@ -40,6 +46,10 @@ class Visibility:
     def visible_positions(self, seq_len: int, layer: int = 0) -> float:
         """Mean number of positions that a query of a full-length document sees."""
         return self.visible_pairs(seq_len, layer) / seq_len
+
+    def pair_products(self, length: int, layer: int = 0, *, cached: bool = False) -> float:
+        """Channels of all products of the (query, key) pairs of a document of ``length``; with what a cache holds."""
+        return (self.cached_pair_channels if cached else self.pair_channels) * self.visible_pairs(length, layer)
 
     def cache_size(self, length: int) -> tuple[int, int]:
         """What a layer keeps of ``length`` positions of a row: slots, and sums of tails."""

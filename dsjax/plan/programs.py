@@ -77,11 +77,13 @@ def _train(config: Pretrain, devices: Sequence[Any]) -> Program:
     tokens = config.data.batch_size * config.data.seq_len
     state = trainer.shapes
     parts = {"parameters": state.params, "optimizer": state.opt_state, "buffers": state.buffers, "batch": batch}
+    if state.frozen:
+        parts["frozen weights"] = state.frozen
     return Program(
         traced=trainer.step.trace(state, batch, total),
         mesh=mesh,
         bytes_by_part={name: device_bytes(tree) for name, tree in parts.items()},
-        parameter_shapes=[device_shape(leaf) for leaf in jax.tree.leaves(state.params)],
+        parameter_shapes=[device_shape(leaf) for leaf in jax.tree.leaves((state.params, state.frozen))],
         tokens=tokens,
         model_flops=config.model.flops_per_token(config.data.seq_len) * tokens,
         **_shares(config.model, mesh, training_rules(config.mesh), tokens // config.train.accumulate, training=True),
@@ -136,14 +138,15 @@ def decode_flops(model: DecoderConfig, length: int) -> float:
     """FLOPs of one token that sees ``length`` positions, itself included."""
     pairs = 0.0
     for attention, layer, num_layers in model.attentions():
-        seen = attention.visible_pairs(length, layer) - attention.visible_pairs(length - 1, layer)
-        pairs += num_layers * attention.cached_pair_channels * seen
+        before, now = (attention.pair_products(n, layer, cached=True) for n in (length - 1, length))
+        pairs += num_layers * (now - before)
     return 2 * (model.num_matmul_params() + pairs)
 
 
 def device_shape(leaf: Any) -> tuple[str, tuple[int, ...]]:
     """Element type, as HLO names it, and dimensions of what one device holds of an abstract array."""
-    kind = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "uint32": "u32"}.get(str(leaf.dtype), str(leaf.dtype))
+    names = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "uint32": "u32", "int8": "s8", "uint8": "u8"}
+    kind = names.get(str(leaf.dtype), str(leaf.dtype))
     return kind, tuple(leaf.sharding.shard_shape(leaf.shape))
 
 

@@ -77,6 +77,7 @@ class Job:
         data_changes: which files of the data are others than before, should they be asked for.
         capacity: what chooses the capacity factor; none: it is fixed.
         start: gives a new state the weights that training begins with; none: those that it has.
+        frozen: weights that are not trained, and not in checkpoints; empty: there are none.
         place_experts: gives the busiest experts their further places, for the loads that the state holds; none: there
             are no such places.
         experts: (number of experts, experts of a token) of each layer group that has some.
@@ -93,6 +94,7 @@ class Job:
     data_changes: Callable[[], str] = lambda: ""
     capacity: DynamicCapacity | None = None
     start: Callable[[TrainState], TrainState] | None = None
+    frozen: Callable[[], Any] = dict
     place_experts: Callable[[TrainState], TrainState] | None = None
     experts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
@@ -204,7 +206,7 @@ def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
     asked = config.train.steps
     if job.checkpoints.empty():
         return new_state(job, config.train.seed), Counters(total_steps=asked, asked_steps=asked)
-    state, host, _ = job.checkpoints.restore(job.trainer.shapes)
+    state, host, _ = job.checkpoints.restore(job.trainer.shapes.moving)
     job.batches.set_state(host["data"], changes=job.data_changes())
     counters = Counters(**host["loop"])
     if counters.iteration > asked:
@@ -213,20 +215,22 @@ def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
         )
     if counters.asked_steps != asked:  # the user asks for another length
         counters.total_steps = counters.asked_steps = asked
-    return state, counters
+    return dataclasses.replace(state, frozen=job.frozen()), counters
 
 
 def new_state(job: Job, seed: int) -> TrainState:
     """The state that training begins with."""
     number: Any = np.uint32(seed)  # a seed may not fit int32
     state = job.trainer.init(number)
-    return state if job.start is None else job.start(state)
+    if job.start is not None:
+        state = job.start(state)
+    return dataclasses.replace(state, frozen=job.frozen())
 
 
 def save(job: Job, state: TrainState, counters: Counters) -> None:
     """One commit of everything."""
     host = {"data": job.batches.get_state(), "loop": dataclasses.asdict(counters)}
-    job.checkpoints.save(counters.iteration, state, host)
+    job.checkpoints.save(counters.iteration, state.moving, host)
 
 
 # ---------------------------------------------------------------- bad numbers
@@ -264,7 +268,7 @@ class Guard:
         factor = None if self._capacity is None else self._capacity.factor(counters.iteration)
         state, metrics = self._job.step(state, batch, total, factor)
         if self._is_last_straw(counters):
-            state, metrics = self._job.step(self._rolled_back(counters), batch, total, factor)
+            state, metrics = self._job.step(self._rolled_back(state, counters), batch, total, factor)
         counters.iteration += 1
         self._pending = metrics
         if factor is not None:
@@ -273,7 +277,7 @@ class Guard:
 
     def settle(self, state: TrainState, counters: Counters) -> TrainState:
         """Looks at the numbers of the last step now; the state to go on with."""
-        return self._rolled_back(counters) if self._is_last_straw(counters) else state
+        return self._rolled_back(state, counters) if self._is_last_straw(counters) else state
 
     def _is_last_straw(self, counters: Counters) -> bool:
         """Counts the step whose numbers wait; whether it was one bad step too many."""
@@ -294,7 +298,7 @@ class Guard:
         counters.bad_in_a_row += 1
         return counters.bad_in_a_row >= BAD_STEPS_IN_A_ROW
 
-    def _rolled_back(self, counters: Counters) -> TrainState:
+    def _rolled_back(self, state: TrainState, counters: Counters) -> TrainState:
         if counters.rollbacks == MAX_ROLLBACKS:
             report = {"step": counters.iteration, "rollbacks": counters.rollbacks, "skipped": counters.skipped}
             raise NonFinite(report | {"last_losses": [repr(x) for x in self._losses]})
@@ -303,7 +307,8 @@ class Guard:
         self._job.checkpoints.wait()
         if self._job.checkpoints.newest is None:
             return new_state(self._job, self._seed)
-        return self._job.checkpoints.restore(self._job.trainer.shapes)[0]
+        back = self._job.checkpoints.restore(self._job.trainer.shapes.moving)[0]
+        return dataclasses.replace(back, frozen=state.frozen)
 
 
 # ---------------------------------------------------------------- time and logs

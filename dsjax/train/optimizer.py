@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.checkpoint import path_name
 from dsjax.config import Bounds, NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, Share
+from dsjax.sharding import SIDES, sides
 from dsjax.train.compensation import compensate_experts
 
 
@@ -75,9 +76,6 @@ def learning_rate(cfg: OptimConfig, step: Int[Array, ""] | int, total_steps: Int
     return warmup * (cfg.final_lr_share + (1 - cfg.final_lr_share) * shape)
 
 
-_SIDES = ("embed", "latent")  # what a matrix maps from or to: the first that it has
-
-
 def kinds(axes: Any) -> Any:
     """What each weight is to the optimizer, from its logical axes: matrix, embedding, table or vector."""
 
@@ -87,18 +85,14 @@ def kinds(axes: Any) -> Any:
         if "vocab" in names:
             return "embedding"
         own = [n for n in names if n not in ("layers", "taps", "lengths")]
-        return "matrix" if len(own) > 1 and set(_SIDES) & set(own) else "vector"  # biases have several axes, too
+        return "matrix" if len(own) > 1 and set(SIDES) & set(own) else "vector"  # biases have several axes, too
 
     return jax.tree.map(kind, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def matrix_dims(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers:
     """Which dimensions of a weight are the matrix's inputs and outputs; the others stack matrices."""
-    inner = [i for i, name in enumerate(names) if name not in ("layers", "expert", "halves")]
-    side = next(names.index(name) for name in _SIDES if name in names)
-    others = tuple(i for i in inner if i != side)
-    reads = side == inner[0]  # else it writes to the residual stream
-    inputs, outputs = ((side,), others) if reads else (others, (side,))
+    inputs, outputs = sides(names)
     return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
 

@@ -30,8 +30,10 @@ from dsjax.data.pipeline import make_batches
 from dsjax.data.prepare import Corpus, DataConfig, prepare
 from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from dsjax.nn.lora import LoraConfig
 from dsjax.nn.masks import Documents
 from dsjax.nn.placement import placed_anew
+from dsjax.nn.quantize import BITS
 from dsjax.runs import RunFolder, cache_dir
 from dsjax.runtime import memory_bytes
 from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh, rows_of_process, training_rules
@@ -79,7 +81,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """A pre-training run."""
+    """A run that predicts the next token: pre-training, or fine-tuning of all weights or of low-rank pairs."""
 
     model: DecoderConfig = DecoderConfig()
     data: DataConfig = DataConfig()
@@ -89,6 +91,7 @@ class Pretrain:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    lora: LoraConfig = LoraConfig()
 
     def validate(self) -> None:
         if self.data.vocab_size > self.model.vocab_size:
@@ -99,6 +102,11 @@ class Pretrain:
         if self.data.batch_size % self.train.accumulate:
             raise UserError(
                 f"train.accumulate is {self.train.accumulate}; it must divide data.batch_size, {self.data.batch_size}"
+            )
+        if self.lora.targets and not self.train.start_from:
+            raise UserError(
+                f"lora.targets is {','.join(self.lora.targets)}, but train.start_from is empty; name there the run"
+                " beside whose weights pairs are trained"
             )
 
 
@@ -127,7 +135,12 @@ def build(config: Pretrain, devices: list[Any] | None = None) -> tuple[Any, Trai
         if config.data.seq_len % mesh.shape[axis]:
             raise UserError(f"mesh.{axis} is {mesh.shape[axis]}; it must divide data.seq_len, {config.data.seq_len}")
     trainer = make_trainer(
-        lambda rngs: make_model(config, rngs), config.optim, mesh, accumulate=config.train.accumulate, rules=rules
+        lambda rngs: make_model(config, rngs),
+        config.optim,
+        mesh,
+        accumulate=config.train.accumulate,
+        rules=rules,
+        lora=config.lora,
     )
     return mesh, trainer
 
@@ -167,12 +180,15 @@ def check(config: Pretrain) -> tuple[Any, Trainer]:
 def least_bytes(config: Pretrain) -> int:
     """Memory that no way of training can do without, over all devices.
 
-    In float32 the weights, their gradients and one moment; a batch (five arrays); and, of one micro-batch, what each
-    layer adds to the residual stream.
+    In float32 the weights, their gradients and one moment, or frozen weights as they are stored; a batch (five arrays);
+    and, of one micro-batch, what each layer adds to the residual stream.
     """
     tokens, width = config.data.batch_size * config.data.seq_len, jnp.dtype(config.compute.dtype).itemsize
     stream = tokens // config.train.accumulate * config.model.d_model * config.model.num_layers * width
-    return 12 * config.model.num_params() + 20 * tokens + stream
+    weights = 12 * config.model.num_params()
+    if config.lora.targets:
+        weights = config.model.num_params() * (BITS[config.lora.base] if config.lora.base else 8 * width) // 8
+    return weights + 20 * tokens + stream
 
 
 def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
@@ -187,6 +203,8 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     mesh, trainer = check(config)
     model = config.model
     say(f"model: {model.num_params():,} parameters ({model.num_active_params():,} active) on {mesh.size} device(s)")
+    if config.lora.targets:
+        say(f"trained: {sum(x.size for x in jax.tree.leaves(trainer.shapes.params)):,} parameters in low-rank pairs")
 
     # ---------------------------------------------------------------- run folder: only looked at so far
     run_folder = RunFolder(folder)
@@ -218,13 +236,17 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     # ---------------------------------------------------------------- restore, train
     first = hosts.index() == 0
     source = None
-    if config.train.start_from and not run_folder.has_checkpoint():
-        source = Start(pathlib.Path(config.train.start_from), corpus.tokenizer)
+    if config.train.start_from and (trainer.base is not None or not run_folder.has_checkpoint()):
+        source = Start(pathlib.Path(config.train.start_from), corpus.tokenizer, run_folder.base())
+        for difference in differences(source.run.read_config().model, model):
+            say(f"not the model of {source.run.path}: {difference}")
     if first and not run_folder.has_checkpoint():
         run_folder.write(config, corpus)
         if source is not None:
             source.hand_on(run_folder)
     facts = about(config, mesh, corpus)
+    if source is not None and trainer.base is not None:
+        facts["base"] = dataclasses.asdict(source.base)
     checkpoints = Checkpoints(run_folder.checkpoints, keep=config.checkpoint.keep, about=facts)
     with contextlib.closing(batches), contextlib.closing(checkpoints):
         job = Job(
@@ -238,7 +260,8 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
             begin=begin,
             data_changes=lambda: run_folder.changed_data(corpus),
             capacity=capacity,
-            start=None if source is None else functools.partial(source.with_weights, trainer.shapes),
+            start=None if source is None else functools.partial(source.with_weights, trainer),
+            frozen=dict if source is None else functools.partial(source.frozen, trainer),
             place_experts=expert_placement(config, mesh),
             experts={name: (moe.num_experts, moe.top_k) for name, moe in model.experts().items()},
         )
@@ -270,7 +293,7 @@ def without_paths(config: Pretrain) -> dict[str, Any]:
 def fixed_part(config: Any) -> dict[str, Any]:
     """What a run may not change when it goes on, by dotted key."""
     flat = _flat(to_dict(config))
-    return {k: v for k, v in flat.items() if k.split(".")[0] in ("type", "model", "optim") or k == "train.seed"}
+    return {k: v for k, v in flat.items() if k.split(".")[0] in ("type", "model", "optim", "lora") or k == "train.seed"}
 
 
 def refuse_other_run(found: Any, config: Pretrain, folder: pathlib.Path) -> None:
@@ -286,6 +309,13 @@ def refuse_other_run(found: Any, config: Pretrain, folder: pathlib.Path) -> None
                 f"run folder {folder} was trained with {key}={old.get(key)}, now it is {new.get(key)}; "
                 "give another --run, or the old value"
             )
+
+
+def differences(there: DecoderConfig, here: DecoderConfig) -> list[str]:
+    """What two configs of models with the same weights may still say differently, a sentence for each key."""
+    old, new = (_flat(to_dict(model), "model") for model in (there, here))
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key} is {new.get(key)} here and {old.get(key)} there" for key in keys]
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

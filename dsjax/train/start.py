@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
+from typing import Any
 
 import jax
+from flax import traverse_util
 
 from dsjax.checkpoint import flatten, path_name
 from dsjax.config import UserError
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
-from dsjax.runs import RunFolder
-from dsjax.train.step import TrainState
+from dsjax.runs import Base, RunFolder
+from dsjax.train.step import Trainer, TrainState
 
 ORIGIN = "hf"  # what a converted run keeps for the way back
 
@@ -24,13 +26,14 @@ class Start:
     Args:
         path: of the run, trained or converted.
         tokenizer: of the new run.
+        base: its checkpoint, known already; None: the latest that verifies.
 
     Raises:
-        UserError: there is no such run, or its ids mean something else.
+        UserError: there is no such run, its ids mean something else, no checkpoint verifies, or it is not ``base``.
     """
 
-    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
-        self.run = RunFolder(path)
+    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer, base: Base | None = None):
+        self.run = RunFolder(path) if base is None else base.run(str(path))
         config = self.run.read_config()
         if self.run.tokenizer.is_file():
             there = load_tokenizer(self.run.tokenizer, end_token=config.data.end_token)
@@ -39,31 +42,63 @@ class Start:
                     f"train.start_from is {path}, which has another tokenizer; set data.tokenizer_path="
                     f"{self.run.tokenizer} and data.end_token={config.data.end_token}"
                 )
+        if self.run.base() is not None:
+            raise UserError(
+                f"train.start_from is {path}, which holds low-rank pairs and not the weights that they belong to;"
+                f" write both into one model first: dsjax convert {path} DST, and that back to a run"
+            )
+        self.base = base or self._latest()
 
-    def with_weights(self, shapes: TrainState, state: TrainState) -> TrainState:
+    def _latest(self) -> Base:
+        with contextlib.closing(self.run.open_checkpoints()) as checkpoints:
+            step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"train.start_from is {self.run.path}; no checkpoint there verifies")
+        return Base.at(self.run, step)
+
+    def with_weights(self, trainer: Trainer, state: TrainState) -> TrainState:
         """A new state with the parameters and buffers of the run; buffers that it has not stay new.
 
+        Pairs beside frozen weights are new; those are given by :meth:`frozen`.
+
         Args:
-            shapes: abstract state, whose shardings say where each array goes.
+            trainer: whose abstract state says where each array goes.
             state: whose parameters are given up: there need not be room for two sets of them.
 
         Raises:
             UserError: no checkpoint verifies, or it is of another model.
         """
+        taken = {"params": {} if trainer.base else trainer.shapes.params, "buffers": trainer.shapes.buffers}
         with contextlib.closing(self.run.open_checkpoints()) as checkpoints:
-            step = checkpoints.latest()
-            if step is None:
-                raise UserError(f"train.start_from is {self.run.path}; no checkpoint there verifies")
-            there = checkpoints.about(step)["arrays"]
-            asked = flatten({"params": shapes.params, "buffers": shapes.buffers})
-            wanted = {name: x for name, x in asked.items() if name.startswith("params/") or name in there}
-            jax.tree.map(lambda x: x.delete(), state.params)
-            found = checkpoints.restore_part(wanted, step)
+            there = checkpoints.about(self.base.step)["arrays"]
+            wanted = {name: x for name, x in flatten(taken).items() if name.startswith("params/") or name in there}
+            if not trainer.base:
+                jax.tree.map(lambda x: x.delete(), state.params)
+            found = checkpoints.restore_part(wanted, self.base.step, again=True) if wanted else {}
 
         def take(kind: str, old: object) -> object:
             return jax.tree_util.tree_map_with_path(lambda path, x: found.get(f"{kind}/{path_name(path)}", x), old)
 
         return dataclasses.replace(state, params=take("params", state.params), buffers=take("buffers", state.buffers))
+
+    def frozen(self, trainer: Trainer) -> dict[str, Any]:
+        """The weights of the run as ``trainer`` keeps them, read one after the other; empty if it trains them.
+
+        Raises:
+            UserError: the checkpoint does not verify, or is of another model.
+        """
+        if trainer.base is None:
+            return {}
+        kept: dict[tuple[str, ...], Any] = {}
+        with contextlib.closing(self.run.open_checkpoints()) as checkpoints:
+            there = checkpoints.about(self.base.step)["arrays"]
+            for path, array in trainer.base.weights.items():
+                name = "/".join(("params", *path))
+                kind = there[name]["dtype"] if name in there else array.dtype
+                array = jax.ShapeDtypeStruct(array.shape, kind, sharding=array.sharding)
+                x = checkpoints.restore_part({name: array}, self.base.step, again=bool(kept))[name]
+                kept[path] = trainer.base.freeze(path, x)
+        return traverse_util.unflatten_dict(kept)
 
     def hand_on(self, run: RunFolder) -> None:
         """What the run keeps of the folder that it was converted from, the new one keeps, too: so it can go back."""

@@ -17,11 +17,14 @@ from dsjax.checkpoint import key_name
 from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
 from dsjax.models.multi_token import MULTI_TOKEN, ahead, shifted
+from dsjax.nn.latent_attention import only_indexers_learn
+from dsjax.nn.lora import LoraConfig, new_pairs, pair_axes, with_pairs
 from dsjax.nn.losses import cross_entropy
 from dsjax.nn.masks import Leaf
 from dsjax.nn.moe import set_capacity
 from dsjax.nn.router import RouterSums, drop_rates, router_metrics
 from dsjax.sharding import Buffer, Rules, joined, logical_axes, replicated, shardings, split_variables, use_mesh
+from dsjax.train.lora import FrozenWeights
 from dsjax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 
 Metrics = dict[str, Float[Array, ""]]
@@ -52,10 +55,11 @@ class TrainState:
 
     Attributes:
         step: updates applied.
-        params: float32 weights, a nested dict.
+        params: what is trained, float32: the weights, a nested dict, or the pairs beside frozen ones.
         buffers: float32 state without a gradient, a nested dict by the same names; empty for most models.
         opt_state: of the Optax transformation.
         rng: key data; every applied step splits it.
+        frozen: weights that no step changes, by the same names; empty: all are trained. A checkpoint has them not.
     """
 
     step: Leaf
@@ -63,17 +67,26 @@ class TrainState:
     buffers: Any
     opt_state: Any
     rng: Leaf
+    frozen: Any = dataclasses.field(default_factory=dict)
 
     @property
     def variables(self) -> Any:
         """Parameters and buffers in one nested dict: with the graph, the model."""
-        return joined(self.params, self.buffers)
+        return joined(with_pairs(self.frozen, self.params) if self.frozen else self.params, self.buffers)
+
+    @property
+    def moving(self) -> TrainState:
+        """What a step may change: without the frozen weights."""
+        return dataclasses.replace(self, frozen={})
 
 
 def next_token_loss(
     model: Decoder, batch: Batch, key: jax.Array, total_weight: Float[Array, ""]
 ) -> tuple[Float[Array, ""], LossReport]:
-    """Mean cross-entropy over the batch's weight plus the model's auxiliary losses."""
+    """Mean cross-entropy over the batch's weight plus the model's auxiliary losses.
+
+    While a model's indexers warm up, theirs alone.
+    """
     del key
     out = model(batch.tokens_BT, batch.documents)
     nll = cross_entropy(
@@ -98,6 +111,8 @@ def next_token_loss(
     for name, value in losses.items():
         metrics[f"loss/{name}"] = value * share
         loss = loss + value * share
+    if only_indexers_learn([group.attention for group in model.cfg.groups]):
+        loss = metrics["loss/indexer"]
     return loss, LossReport(metrics, {name: stats.sums for name, stats in router.items()})
 
 
@@ -117,12 +132,13 @@ class Trainer:
     """The pure functions of one training job, and where its state lives.
 
     Attributes:
-        init: seed -> TrainState, each array created on its own devices.
+        init: seed -> TrainState, each array created on its own devices; without frozen weights, where there are some.
         step: (state, batch, total_steps, factor=None) -> (state, metrics); the given state is donated. ``factor`` is
             that of layers with a dynamic capacity, static; None: the largest.
         shapes: abstract TrainState with shardings, to restore into.
         axes: logical axes of the parameters.
         graph: the model without its variables, as it is evaluated: no expert drops a token.
+        base: makes the frozen weights of ``shapes``, if there are such.
     """
 
     init: Callable[[Any], TrainState]
@@ -130,6 +146,7 @@ class Trainer:
     shapes: TrainState
     axes: Any
     graph: Any
+    base: FrozenWeights | None = None
 
 
 def make_trainer(
@@ -140,6 +157,7 @@ def make_trainer(
     accumulate: int = 1,
     loss_fn: LossFunction = next_token_loss,
     rules: Rules = Rules(),
+    lora: LoraConfig = LoraConfig(),
 ) -> Trainer:
     """Builds the jitted functions of a job; nothing is computed yet.
 
@@ -150,14 +168,21 @@ def make_trainer(
         accumulate: micro-batches that a batch is cut into.
         loss_fn: what is descended.
         rules: logical axis -> mesh axes.
+        lora: if it has targets, pairs beside those are trained; of a model that has a ``compute.dtype``.
+
+    Raises:
+        UserError: the mesh does not fit the model, or the model has no such targets.
     """
     abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
-    graph, axes = nnx.split(abstract)[0], logical_axes(abstract, nnx.Param)
+    graph, weight_axes = nnx.split(abstract)[0], logical_axes(abstract, nnx.Param)
+    axes = pair_axes(lora, weight_axes) if lora.targets else weight_axes
     tx = make_optimizer(optim, axes)
 
     def init(seed: jax.Array) -> TrainState:
         key = jax.random.key(seed)
         _, params, buffers = split_variables(make_model(nnx.Rngs(jax.random.fold_in(key, 0))))
+        if lora.targets:
+            params = new_pairs(lora, jax.random.fold_in(key, 2), params, weight_axes)
         rng = jax.random.key_data(jax.random.fold_in(key, 1))
         return TrainState(jnp.int32(0), params, buffers, tx.init(params), rng)
 
@@ -177,13 +202,21 @@ def make_trainer(
     param_places = shardings(shapes.params, axes, mesh, rules)
     buffer_places = shardings(shapes.buffers, logical_axes(abstract, Buffer), mesh, rules)
     places = state_shardings(shapes, param_places, buffer_places, mesh)
+    base = FrozenWeights.of(lora, abstract, mesh, rules) if lora.targets else None
+    whole = places if base is None else dataclasses.replace(places, frozen=base.places)
     return Trainer(
         init=jax.jit(init, out_shardings=places),
-        step=jax.jit(step, donate_argnums=0, static_argnames="factor", out_shardings=(places, None)),
-        shapes=jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places),
+        step=jax.jit(step, donate_argnums=0, static_argnames="factor", out_shardings=(whole, None)),
+        shapes=_at(shapes if base is None else dataclasses.replace(shapes, frozen=base.shapes), whole),
         axes=axes,
         graph=graph,
+        base=base,
     )
+
+
+def _at(shapes: Any, places: Any) -> Any:
+    """Abstract arrays with their shardings."""
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
 
 
 def state_shardings(shapes: TrainState, param_places: Any, buffer_places: Any, mesh: Mesh) -> TrainState:
@@ -213,7 +246,8 @@ def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):
     total_weight = jnp.maximum(jnp.sum(batch.loss_weight_BT), 1.0)
 
     def loss_of(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, LossReport]:
-        return loss_fn(nnx.merge(graph, params, state.buffers), part, key, total_weight)
+        variables = dataclasses.replace(state, params=params).variables
+        return loss_fn(nnx.merge(graph, variables), part, key, total_weight)
 
     gradient = jax.grad(loss_of, has_aux=True)
     if accumulate == 1:
@@ -231,11 +265,14 @@ def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):
             params = jax.tree.map(lambda p, u: p + lr_share * u, state.params, updates)
         buffers = state.buffers
         if buffers:
-            buffers = nnx.merge(graph, state.params, buffers).moved_buffers(report.router)
+            buffers = nnx.merge(graph, state.variables).moved_buffers(report.router)
+        if state.frozen:
+            buffers = _placed(state.buffers, buffers)
         return TrainState(state.step + 1, params, buffers, opt_state, jax.random.key_data(rng))
 
     # A bad step leaves every bit of the state as it was.
-    state = jax.lax.cond(finite, update, lambda _: state, None)
+    moved = jax.lax.cond(finite, update, lambda _: state.moving, None)
+    state = dataclasses.replace(moved, frozen=state.frozen)
     metrics = (
         report.metrics
         | _router_metrics(report.router)
@@ -247,6 +284,15 @@ def _step(graph, tx, optim, loss_fn, accumulate, state, batch, total_steps):
         }
     )
     return state, metrics
+
+
+def _placed(old: Any, new: Any) -> Any:
+    """Of moved buffers those that say where experts are. Frozen routers do not learn, so neither do their biases."""
+
+    def one(path: tuple, before: jax.Array, after: jax.Array) -> jax.Array:
+        return after if key_name(path[-1]) in ("replicas", "mean_load") else before
+
+    return jax.tree_util.tree_map_with_path(one, old, new)
 
 
 def _router_metrics(router: dict[str, RouterSums]) -> Metrics:
