@@ -4,8 +4,8 @@
     dsjax train configs/deepseek_v3.py --run runs/deepseek_v3
 
 671B parameters in all, 38B active, embeddings included. Latent attention of 128 heads; a position's cache is 576
-numbers a layer. Three dense layers, then 58 of 256 experts in 8 groups: sigmoid scores, the 8 best of the 4 groups whose
-two best add up to most, normalised and times 2.5, and a shared one; balanced by a bias, and a little within each
+numbers a layer. Three dense layers, then 58 of 256 experts in 8 groups: sigmoid scores, the 8 best of the 4 groups
+whose two best add up to most, normalised and times 2.5, and a shared one; balanced by a bias, and a little within each
 sequence.
 
 Result: not yet run; planned in docs/plan.md.
