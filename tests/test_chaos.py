@@ -26,6 +26,9 @@ FEW = {"controls": 2, "kills": 8, "mutants": 1, "corruptions": 24, "meshes": 1, 
 GLOO = "Is there a distributed collective mismatch in your code?"
 
 
+# Without the defence Orbax reads what is not there, and leaves a coroutine that nobody awaits; the collector says so.
+@pytest.mark.filterwarnings("ignore:coroutine 'Store._get_array_metadatas' was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <coroutine:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", FEW)
 def test_a_few_faults_do_no_harm_and_would_without_the_defence(kind: str, tmp_path: pathlib.Path) -> None:
     found = list(goals(kind, FEW[kind], tmp_path, 0))

@@ -89,8 +89,9 @@ def choose_among(
     part = T if T <= QUERIES_AT_A_TIME else -(-T // PARTS)
     for start in range(0, T, part):
         stop = min(start + part, T)
-        seen = num - segments.count(T) + segments.of(stop - 1)  # segments in front of the last one's, at the most
-        chosen.append(_in_blocks(functools.partial(best, max(seen, 1)), [x[:, start:stop] for x in rows]))
+        # Segments in front of the last one, at the most; one that began on another device counts here as well.
+        seen = min(num - segments.count(T) + segments.of(stop - 1) + 1, num)
+        chosen.append(_in_blocks(functools.partial(best, seen), [x[:, start:stop] for x in rows]))
     return jnp.concatenate(chosen, axis=1)
 
 
