@@ -228,7 +228,7 @@ def draw(rows: list[dict[str, Any]], memory: dict[str, Any], picture: pathlib.Pa
     training |= {"full": training["dense"], "sliding window": training["sliding window + global"]}
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for variant, line in summary(rows).items():
+    for number, (variant, line) in enumerate(summary(rows).items()):
         kept = np.mean([line[kind]["kept"] for kind in KINDS])
         low, high = (np.mean([line[kind]["interval"][i] for kind in KINDS]) for i in (0, 1))
         points = [(left, cached_share(variant))]
@@ -236,17 +236,16 @@ def draw(rows: list[dict[str, Any]], memory: dict[str, Any], picture: pathlib.Pa
             points.append((right, training[variant]))
         for axis, x in points:
             error = [[max(kept - low, 0)], [max(high - kept, 0)]]
-            axis.errorbar([x], [kept], yerr=error, fmt="o", capsize=3)
-            name = variant.removeprefix("segmented, ")
-            axis.annotate(name, (x, kept), (4, -10), textcoords="offset points", fontsize=7)
-    left.axhline(0.91, color="gray", linestyle="--")
-    right.axhline(0.91, color="gray", linestyle="--", label="91 %")
+            axis.errorbar([x], [kept], yerr=error, fmt="o", capsize=3, color=f"C{number}", label=variant)
+    left.axhline(0.91, color="gray", linestyle="--", label="91 %")
+    right.axhline(0.91, color="gray", linestyle="--")
     peer = training["block-sparse (BigBird)"]
-    right.axvline(0.38 * peer, color="gray", linestyle=":", label="62 % below a block-sparse layer")
+    threshold = right.axvline(0.38 * peer, color="gray", linestyle=":", label="62 % below a block-sparse layer")
     left.set(xlabel="decode cache, share of full attention's", ylabel="retrieval, share of full attention's")
     right.set(xlabel="a training step of one layer, GiB", xscale="log")
     left.set_ylim(0, 1.05)
-    right.legend(loc="lower right")
+    left.legend(loc="center right", fontsize=8)
+    right.legend(handles=[threshold], loc="center right", fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     save(figure, picture)

@@ -81,11 +81,7 @@ def heads_apart(attend: Callable[..., jax.Array], mask: ByHead, axis: str = "kv_
         turn = num if k % num == 0 else k
         masks = [mask.parts[(first + i) % len(mask.parts)] for i in range(turn)]
         parts = [[x_bTkH[:, :, i::turn] for x_bTkH in (q_bTkGH, k_bTkH, v_bTkU)] for i in range(turn)]
-        out: list[jax.Array] = []
-        for own_mask, (q, *kv) in zip(masks, parts, strict=True):
-            if out:  # one after the other: what each needs beside its result exists once
-                q, out[-1] = jax.lax.optimization_barrier((q, out[-1]))
-            out.append(attend(own_mask, q, *kv, ids_bT))
+        out = [attend(mask, *part, ids_bT) for mask, part in zip(masks, parts, strict=True)]
         return jnp.stack(out, axis=3).reshape(*q_bTkGH.shape[:-1], -1)
 
     def run(q_bTkGH: jax.Array, k_bTkH: jax.Array, v_bTkU: jax.Array, ids_bT: jax.Array) -> jax.Array:
