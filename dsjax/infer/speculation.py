@@ -184,9 +184,8 @@ def speculate(
     """
     (B, T), length_B, V = keys_BT.shape, cache.lengths_B, behind.logits_BV.shape[1]
     each = jax.tree.map(lambda x_B: jnp.repeat(x_B, T), settings)
-    noise_BTV = gumbel_noise(keys_BT.reshape(-1), V, each).reshape(
-        B, T, V
-    )  # of a draft, and of what comes in its place
+    # The noise of a draft is that of what comes in its place.
+    noise_BTV = gumbel_noise(keys_BT.reshape(-1), V, each).reshape(B, T, V)
     block_BT = choose(behind.logits_BV, noise_BTV[:, 0], settings)[:, None]
     if T > 1:
         known_B = jnp.where(active_B, known_B, 0)
