@@ -34,11 +34,12 @@ def shifts(segmented: Segmented, num_kv_heads: int) -> list[list[int]]:
     ("window", "heads", "expected"),
     [
         (4, 2, [[0, 4]]),
-        (4, 4, [[0, 4, 0, 4]]),
+        (4, 4, [[0, 0, 4, 4]]),
         (4, 1, [[0], [4]]),
         (4, 3, [[0, 4, 0], [4, 0, 4]]),
         (2, 2, [[0, 2], [4, 6]]),
-        (2, 8, [[0, 2, 4, 6, 0, 2, 4, 6]]),
+        (2, 8, [[0, 0, 2, 2, 4, 4, 6, 6]]),
+        (2, 6, [[0, 2, 4, 6, 0, 2], [4, 6, 0, 2, 4, 6]]),
         (8, 2, [[0, 0]]),
         (0, 2, [[0, 0]]),
     ],
@@ -81,10 +82,17 @@ def test_each_head_attends_with_its_own_shift(kv_heads: int, window: int, top: i
 
 @pytest.mark.parametrize(
     ("heads", "mesh"),
-    [(4, {"tensor": 2}), (4, {"tensor": 4, "context": 2}), (12, {"tensor": 2, "fsdp": 2}), (8, {"tensor": 2})],
+    [
+        (4, {"tensor": 2}),
+        (4, {"tensor": 4, "context": 2}),
+        (12, {"tensor": 2, "fsdp": 2}),
+        (12, {"tensor": 4}),
+        (6, {"tensor": 2, "context": 2}),
+        (8, {"tensor": 2}),
+    ],
 )
 def test_devices_that_share_heads_out_have_the_shifts_of_their_own(heads: int, mesh: dict) -> None:
-    """Heads of four shifts: a device has two, one, six (no whole turn) or four of them."""
+    """A device has two of the four shifts, one, two of three heads each, one of three heads, three, or two of two."""
     layer = attention(heads, 2)
     x_BTD = jax.random.normal(jax.random.key(1), (4, 40, D))
     ids_BT = jnp.ones((4, 40), jnp.int32)

@@ -18,6 +18,10 @@ from dsjax.cli import main
 from dsjax.config import UserError, load_config
 from dsjax.convert.command import Request
 from dsjax.convert.command import run as convert
+from dsjax.models.decoder import LayerGroup
+from dsjax.nn.indexer import IndexerConfig
+from dsjax.nn.latent_attention import LatentAttentionConfig
+from dsjax.nn.mlp import MLPConfig
 from dsjax.runs import RunFolder
 from dsjax.train.pretrain import Pretrain, run
 
@@ -71,6 +75,28 @@ def test_a_buffer_that_the_run_has_not_is_new(tmp_path: pathlib.Path) -> None:
     assert run(starting(config, tmp_path / "plain"), tmp_path / "run", quiet=True) == 0
     (bias,) = (x for name, x in weights(tmp_path / "run").items() if name.startswith("buffers/"))
     assert np.abs(bias).max() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 4}])
+def test_indexers_that_the_run_has_not_are_new(tmp_path: pathlib.Path, mesh: dict[str, int]) -> None:
+    """The way from DeepSeek-V3 to V3.2: a model of full attention, and indexers that learn where that looks."""
+    full = LatentAttentionConfig(num_heads=2, q_rank=4, kv_rank=8, nope_dim=4, rope_dim=4, v_dim=4)
+    indexed = dataclasses.replace(full, indexer=IndexerConfig(num_heads=2, head_dim=8, top_k=4, warm_up=True))
+    configs = [
+        changed(small(), model={"groups": (LayerGroup(MLPConfig(d_ff=16), attention),)})
+        for attention in (full, indexed)
+    ]
+    assert run(configs[0], tmp_path / "full", quiet=True) == 0
+    config = changed(configs[1], optim={"weight_decay": 0.0}, mesh=mesh)
+    assert run(starting(config, tmp_path / "full", steps=8), tmp_path / "run", quiet=True) == 0
+    before, after = weights(tmp_path / "full"), weights(tmp_path / "run")
+    new = after.keys() - before.keys()
+    assert new == {name for name in after if "/indexer/" in name}
+    assert all(np.abs(after[name]).max() > 0 for name in new if "bias" not in name)
+    for name, x in before.items():
+        np.testing.assert_array_equal(after[name], x, err_msg=name)
+    losses = [r["loss/indexer"] for r in training_records(tmp_path / "run")]
+    assert losses[-1] < losses[0]
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,14 @@ from flax import nnx
 from dsjax.checkpoint import path_name
 from dsjax.config import UserError
 from dsjax.convert.fp8 import Dequantized, block_size
+from dsjax.convert.parallel import each
 from dsjax.models.decoder import Decoder, DecoderConfig
 from dsjax.models.multi_token import MULTI_TOKEN
 from dsjax.sharding import Buffer
 from dsjax.tensor_files import TensorFiles
+
+_UNDER_WAY = 2**30  # bytes of tensors that are being read
+_STRIP = 64  # rows
 
 # ---------------------------------------------------------------- the tables
 
@@ -356,7 +360,20 @@ def read_arrays(files: TensorFiles, hf_config: Mapping[str, Any], config: Decode
     matched = match(tensors, hf_config, config)
     check_copies(tensors, matched.copies)
     arrays = {path: np.empty(matched.variables[path].shape, dtype) for path, dtype in matched.dtypes.items()}
-    for name, place in matched.places.items():
+
+    def read(name: str) -> None:
+        place = matched.places[name]
         for variable, part in zip(place.variables, place.split(tensors[name]), strict=True):
-            arrays[variable][place.index] = part
+            _copy(part, arrays[variable][place.index])
+
+    sizes = ((name, math.prod(place.shape) * files.kind(name).dtype.itemsize) for name, place in matched.places.items())
+    for _ in each(read, sizes, _UNDER_WAY):
+        pass
     return arrays
+
+
+def _copy(x: np.ndarray, target: np.ndarray) -> None:
+    """``target[...] = x``, a strip of rows at a time: a matrix that is turned over is then read by cache lines."""
+    rows = _STRIP if x.ndim > 1 else max(len(x), 1)
+    for row in range(0, len(x), rows):
+        target[row : row + rows] = x[row : row + rows]

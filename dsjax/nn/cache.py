@@ -109,11 +109,13 @@ class Cache:
         groups: one :class:`GroupCache` for each layer group.
         lengths_B: positions of each row that are filled; what lies behind them is never seen.
         tokens_BS: the token of each position, for what looks tokens up.
+        scopes: a :class:`dsjax.nn.structure.Scopes`, of a model with heads that see only what is still open, or None.
     """
 
     groups: tuple[GroupCache, ...]
     lengths_B: Leaf
     tokens_BS: Leaf
+    scopes: Any = None
 
 
 def empty_pages(
@@ -179,8 +181,8 @@ def empty_group(
     return GroupCache(pages, RowState(jnp.zeros((num_layers, batch, *conv), dtype), sums))
 
 
-def cache_shardings(num_groups: int, mesh: Mesh, rules: Rules) -> Cache:
-    """Where each array of a cache lives."""
+def cache_shardings(num_groups: int, mesh: Mesh, rules: Rules, scopes: Any = None) -> Cache:
+    """Where each array of a cache lives; ``scopes``: those that it has, of any kind."""
 
     def place(*axes: str | None) -> NamedSharding:
         return NamedSharding(mesh, rules.spec(*axes))
@@ -188,7 +190,8 @@ def cache_shardings(num_groups: int, mesh: Mesh, rules: Rules) -> Cache:
     sums, pool = place("layers", "batch", None, "kv_heads", None), place(*POOL)
     state = RowState(place("layers", "batch", None, None), sums)
     group = GroupCache(Pages(pool, pool, place("batch", "slots")), state)
-    return Cache((group,) * num_groups, place("batch"), place("batch", None))
+    scopes = jax.tree.map(lambda _: place("batch", None), scopes)
+    return Cache((group,) * num_groups, place("batch"), place("batch", None), scopes)
 
 
 # ---------------------------------------------------------------- slots
@@ -222,7 +225,9 @@ def slots_by_head(
     mask: AttentionMask, lengths_B: Int[Array, B], num_new: int, real_B: Int[Array, B]
 ) -> Int[Array, "B T n"]:
     """:func:`slots_of` what heads see in turn."""
-    return jnp.stack([slots_of(part, lengths_B, num_new, real_B) for part in parts_of(mask)], axis=-1)
+    parts = parts_of(mask)
+    found = {part: slots_of(part, lengths_B, num_new, real_B) for part in dict.fromkeys(parts)}
+    return jnp.stack([found[part] for part in parts], axis=-1)
 
 
 def slots_of(

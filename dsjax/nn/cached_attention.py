@@ -37,12 +37,14 @@ def cached_attention(
     mask: AttentionMask,
     *,
     scale: float | None = None,
+    closes_BSK: Int[Array, "B S K"] | None = None,
 ) -> Float[Array, "B T K G U"]:
     """T new positions of each row against what its cache holds of the ``lengths_B`` before, and against each other.
 
     On a mesh each device looks at its own pages, for all query heads of its key/value heads; what is exchanged are
     queries, and maxima, sums and outputs of the softmax. The cache's sums of tails are those with the new positions.
-    ``scale``: of the scores; None: 1 / sqrt(H). If the cache has no values, its keys begin with them.
+    ``scale``: of the scores; None: 1 / sqrt(H). If the cache has no values, its keys begin with them. ``closes_BSK``:
+    of full attention, the position from which on a head does not see a key any more, the new ones' included.
     """
     scale = q_BTKGH.shape[-1] ** -0.5 if scale is None else scale
     q_BTKGH = shard(q_BTKGH, "batch", None, "kv_heads", None, None)
@@ -50,8 +52,9 @@ def cached_attention(
     chosen_BTKX = None
     if chooses(mask):
         chosen_BTKX = chosen_tails(q_BTKGH, cache.state.tail_sums_BJKH, position_BT, mask)
-    held, held_log = attend_held(q_BTKGH, cache, lengths_B, mask, chosen_BTKX, scale, v_BTKU.shape[-1])
-    new, new_log = attend_new(q_BTKGH, k_BTKH, v_BTKU, position_BT, mask, chosen_BTKX, scale)
+    closes = () if closes_BSK is None else (closes_BSK,)
+    held, held_log = attend_held(q_BTKGH, cache, lengths_B, mask, chosen_BTKX, scale, v_BTKU.shape[-1], *closes)
+    new, new_log = attend_new(q_BTKGH, k_BTKH, v_BTKU, position_BT, mask, chosen_BTKX, scale, *closes)
     log_BTKG = jnp.logaddexp(held_log, new_log)  # a position sees itself: finite
     held, new = (out * jnp.exp(log - log_BTKG)[..., None] for out, log in ((held, held_log), (new, new_log)))
     return (held + new).astype(q_BTKGH.dtype)
@@ -65,6 +68,7 @@ def attend_new(
     mask: AttentionMask,
     chosen_BTKX: Int[Array, "B T K X"] | None,
     scale: float,
+    closes_BSK: Int[Array, "B S K"] | None = None,
 ) -> tuple[Float[Array, "B T K G U"], Float[Array, "B T K G"]]:
     """New positions against each other: output, and logarithm of the softmax' sum, float32."""
     chosen = None if chosen_BTKX is None else chosen_BTKX.swapaxes(1, 2)[..., None, :]
@@ -74,6 +78,9 @@ def attend_new(
         return sees(mask, at_BKT[..., None], at_BKT[:, :, None], chosen)
 
     sees_BKTS = by_head(mask, places(mask, k_BTKH.shape[2]), seen, axis=1)
+    if closes_BSK is not None:
+        closes_BTK = jnp.take_along_axis(closes_BSK, position_BT[..., None], axis=1)
+        sees_BKTS = sees_BKTS & (position_BT[:, None, :, None] < closes_BTK.swapaxes(1, 2)[:, :, None])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32)
     scores = jnp.where(sees_BKTS[:, :, None], scores * scale, -jnp.inf)
     log_BKGT = jax.nn.logsumexp(scores, axis=-1)
@@ -90,6 +97,7 @@ def attend_held(
     chosen_BTKX: Int[Array, "B T K X"] | None,
     scale: float,
     value_width: int,
+    closes_BSK: Int[Array, "B S K"] | None = None,
 ) -> tuple[Float[Array, "B T K G U"], Float[Array, "B T K G"]]:
     """New positions against the pages of their rows: output, and logarithm of the softmax' sum, float32."""
     current = current_mesh()
@@ -99,11 +107,14 @@ def attend_held(
     if cache.pages.v_LMKPH.shape[-1] == 0:
         attention = functools.partial(attention, value_width=value_width)
 
-    def attend(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, chosen_bTkX=None):
+    def attend(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, more=None):
         pages = (q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number)
-        if chosen_bTkX is not None:
+        if closes_BSK is not None:
+            assert isinstance(mask, Causal)
+            out, log = _open_pages(*pages, more, mask, attention)
+        elif chosen_BTKX is not None:
             assert not isinstance(mask, Causal)
-            out, log = _chosen_pages(*pages, chosen_bTkX, mask, attention)
+            out, log = _chosen_pages(*pages, more, mask, attention)
         else:
             room = table_bJ.shape[1] * own_part()[1] * k_LmkPH.shape[3]
             with useful_flops(min((cache.slots or room) / room, 1)):  # the rest fills pages up
@@ -119,6 +130,8 @@ def attend_held(
     arrays.append(jnp.asarray(cache.number))
     if chosen_BTKX is not None:
         axes, arrays = [*axes, log], [*arrays, chosen_BTKX]
+    if closes_BSK is not None:
+        axes, arrays = [*axes, ("batch", None, "kv_heads")], [*arrays, closes_BSK]
     return map_shards(attend, tuple(axes), (q, log))(*arrays)
 
 
@@ -235,6 +248,34 @@ def _chosen_pages(
     return out.reshape(b, T, k, G, -1), log.reshape(b, T, k, G)
 
 
+def _open_pages(q_bTkGH, k_LmkPH, v_LmkPH, table_bJ, lengths_b, number, closes_bSk, mask: Causal, attention):
+    """What the mask lets through and is still open: a list of positions for each query and head.
+
+    So each (row, position, head) is a row of the kernel's, and each (page, head) a page. A page of which nothing is
+    open is not read.
+    """
+    (b, T, k, G, H), (L, m, _, P, _), (part, parts) = q_bTkGH.shape, k_LmkPH.shape, own_part()
+    position_bT = lengths_b[:, None] + jnp.arange(T)
+    slots_JP = (jnp.arange(table_bJ.shape[1]) * parts + part)[:, None] * P + jnp.arange(P)
+    there_JP = slots_JP < closes_bSk.shape[1]
+    held_bJP = visible_from(mask, slots_JP, lengths_b[:, None, None])
+    closes_bJPk = jnp.where(there_JP[..., None], closes_bSk[:, jnp.where(there_JP, slots_JP, 0)], 0)
+    open_bTkJP = position_bT[:, :, None, None, None] < jnp.moveaxis(closes_bJPk, 3, 1)[:, None]
+    first_bT = first_seen(mask, position_bT)
+    position_bTkJP = jnp.where(open_bTkJP, held_bJP[:, None, None], NEVER)
+    seen_bTkJ = (position_bTkJP >= first_bT[:, :, None, None, None]).any(axis=-1) & (table_bJ >= 0)[:, None, None]
+    page_bTkJ = jnp.where(seen_bTkJ, (number * m + table_bJ[:, None, None]) * k + jnp.arange(k)[:, None], -1)
+    out, log = attention(
+        q_bTkGH.reshape(b * T * k, 1, G, H),
+        k_LmkPH.reshape(L * m * k, 1, P, H),
+        _values(v_LmkPH, L * m * k, 1),
+        page_bTkJ.reshape(b * T * k, -1),
+        position_bTkJP.reshape(b * T * k, -1, P),
+        jnp.broadcast_to(first_bT[:, :, None], (b, T, k)).reshape(-1, 1),
+    )
+    return out.reshape(b, T, k, G, -1), log.reshape(b, T, k, G)
+
+
 def _values(v_LmkPU: Float[Array, "L m k P U"], *pages: int) -> Float[Array, "M K P U"] | None:
     """The pages of values; None: keys begin with them."""
     return v_LmkPU.reshape(*pages, *v_LmkPU.shape[3:]) if v_LmkPU.shape[-1] else None
@@ -275,7 +316,7 @@ def all_kept(
     """All pages of a layer whose cache held nothing."""
     if chooses(mask):
         num = state.tail_sums_BJKH.shape[1]
-        place_K = jnp.arange(k_BTKH.shape[2]) % len(parts_of(mask))
+        place_K = places(mask, k_BTKH.shape[2])
         sums_BJKH = by_head(mask, place_K, lambda segments: tail_sums(k_BTKH, ids_BT, segments, num), axis=2)
         state = dataclasses.replace(state, tail_sums_BJKH=sums_BJKH)
     real_B = jnp.sum(ids_BT > 0, axis=1)

@@ -27,10 +27,13 @@ class Documents:
     Attributes:
         ids_BT: 1, 2, ... along a row; 0 marks padding.
         positions_BT: position within the document (or within its part of the row), from 0.
+        closes_BS: for heads that see only what is still open: the position of a row from which on each of its positions
+            is not seen any more (of what a cache holds and of the new ones, if there is a cache). None: there are none.
     """
 
     ids_BT: Leaf
     positions_BT: Leaf
+    closes_BS: Leaf = None
 
     @classmethod
     def single(cls, tokens_BT: Int[Array, "B T"]) -> Documents:
@@ -50,8 +53,9 @@ class Segmented:
         shift: positions by which the cuts are moved towards the start. ``alternate``: by none in the even layers of the
             model, by w in the odd ones, so that with half a segment two layers see every position between them;
             ``cycle``: by w more in each layer, so that W / w layers do, rounded up. With w = W / 2 that is the same.
-            ``heads``: by w more in each key/value head, and from layer to layer where those go on, so that a layer of
-            W / w such heads sees every position (docs/decisions/0019-shifts-by-head.md).
+            ``heads``: by w more from head to head of keys and values, so that a layer of W / w such heads sees every
+            position; of several times as many, those that cut alike stand together; of fewer, the next layer goes on
+            (docs/decisions/0019-shifts-by-head.md).
         top_segments: of the earlier segments a position looks at the first, the previous and this many best ones; none:
             at all.
     """
@@ -77,10 +81,10 @@ class Segmented:
         cuts = [Segments(W, w, shift, self.top_segments) for shift in sorted({n * w % W for n in range(turns)})]
         if self.shift != "heads" or len(cuts) == 1:
             return tuple(cuts)
-        layers = math.lcm(len(cuts), K) // K
-        heads = [cuts[n % len(cuts)] for n in range(layers * K)]
-        together = min(len(cuts), K) if K % len(cuts) == 0 else K
-        return tuple(ByHead(tuple(heads[n * K : n * K + together])) for n in range(layers))
+        if K % len(cuts) == 0:
+            return (ByHead(tuple(cut for cut in cuts for _ in range(K // len(cuts)))),)
+        heads = [cuts[n % len(cuts)] for n in range(math.lcm(len(cuts), K))]
+        return tuple(ByHead(tuple(heads[n : n + K])) for n in range(0, len(heads), K))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +125,11 @@ def by_head(mask: AttentionMask, place_k: Int[Array, " k"], f: Callable[[Any], A
 
     What ``f`` returns has one entry along ``axis``, or one for each head. Of one mask for all, it is returned as it is.
     """
-    first, *others = parts_of(mask)
-    out = f(first)
+    parts = parts_of(mask)
+    first, *others = distinct = list(dict.fromkeys(parts))
+    out, number_k = f(first), jnp.asarray([distinct.index(part) for part in parts])[place_k]
     for number, part in enumerate(others, start=1):
-        here = jnp.expand_dims(place_k == number, [a for a in range(out.ndim) if a != axis % out.ndim])
+        here = jnp.expand_dims(number_k == number, [a for a in range(out.ndim) if a != axis % out.ndim])
         out = jnp.where(here, f(part), out)
     return out
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsjax.nn.masks import AttentionMask, ByHead, Documents
 from dsjax.sharding import current_mesh, map_shards
@@ -25,6 +26,7 @@ def row_attention(
     *,
     scale: float | None = None,
     heads: tuple[str, str | None] = ("kv_heads", "heads_per_kv"),
+    closes_BTK: Int[Array, "B T K"] | None = None,
 ) -> Float[Array, "B T K G U"]:
     """softmax(scale q k) v over what each query sees of its row.
 
@@ -37,14 +39,15 @@ def row_attention(
         mask: what a query sees.
         scale: of the scores; None: 1 / sqrt(H).
         heads: the logical axes of the dimensions K and G.
+        closes_BTK: the position of the row from which on a key is not seen any more; None: all are seen to the end.
     """
     axes = whole_segments(mask, q_BTKGH.shape[1])
 
-    def attend(mask, q_bTkGH, k_bTkH, v_bTkU, ids_bT):
+    def attend(mask, q_bTkGH, k_bTkH, v_bTkU, ids_bT, closes_bTk=None):
         b, T, k, G, H = q_bTkGH.shape
         q_bTnH = q_bTkGH.reshape(b, T, k * G, H)
         if not isinstance(mask, Segments):
-            out_bTnU = causal_attention(q_bTnH, k_bTkH, v_bTkU, ids_bT, mask.window, scale=scale)
+            out_bTnU = causal_attention(q_bTnH, k_bTkH, v_bTkU, ids_bT, mask.window, scale=scale, closes_BTK=closes_bTk)
         elif axes:
             out_bTnU = context_parallel_attention(
                 q_bTnH, k_bTkH, v_bTkU, axis=axes, segments=mask, documents=ids_bT, scale=scale
@@ -66,32 +69,36 @@ def row_attention(
     run = heads_apart(attend, mask, heads[0]) if isinstance(mask, ByHead) else functools.partial(attend, mask)
     length = "length" if axes else None
     q, kv = ("batch", length, *heads, None), ("batch", length, heads[0], None)
-    return map_shards(run, (q, kv, kv, ("batch", length)), q)(q_BTKGH, k_BTKH, v_BTKU, documents.ids_BT)
+    arrays, specs = [q_BTKGH, k_BTKH, v_BTKU, documents.ids_BT], [q, kv, kv, ("batch", length)]
+    if closes_BTK is not None:
+        assert not isinstance(mask, (Segments, ByHead))  # a config says so
+        arrays, specs = [*arrays, closes_BTK], [*specs, ("batch", None, heads[0])]
+    return map_shards(run, tuple(specs), q)(*arrays)
 
 
 def heads_apart(attend: Callable[..., jax.Array], mask: ByHead, axis: str = "kv_heads") -> Callable[..., jax.Array]:
     """``attend(mask, q, k, v, ids)`` inside a :func:`map_shards`, of heads that see different things.
 
-    Heads that see the same go together. Devices that share heads out, over the logical ``axis``, have what stands at
-    the places of their own.
+    Neighbours that see the same go together. Devices that share heads out, over the logical ``axis``, have what stands
+    at the places of their own.
     """
+    num = len(mask.parts)
 
     def own(first: int, q_bTkGH: jax.Array, k_bTkH: jax.Array, v_bTkU: jax.Array, ids_bT: jax.Array) -> jax.Array:
-        k, num = k_bTkH.shape[2], len(mask.parts)
-        turn = num if k % num == 0 else k
-        masks = [mask.parts[(first + i) % len(mask.parts)] for i in range(turn)]
-        parts = [[x_bTkH[:, :, i::turn] for x_bTkH in (q_bTkGH, k_bTkH, v_bTkU)] for i in range(turn)]
-        out = [attend(mask, *part, ids_bT) for mask, part in zip(masks, parts, strict=True)]
-        return jnp.stack(out, axis=3).reshape(*q_bTkGH.shape[:-1], -1)
+        masks = [mask.parts[(first + i) % num] for i in range(k_bTkH.shape[2])]
+        out, begin = [], 0
+        for part, alike in itertools.groupby(masks):
+            end = begin + len(list(alike))
+            out.append(attend(part, *(x[:, :, begin:end] for x in (q_bTkGH, k_bTkH, v_bTkU)), ids_bT))
+            begin = end
+        return jnp.concatenate(out, axis=2)
 
     def run(q_bTkGH: jax.Array, k_bTkH: jax.Array, v_bTkU: jax.Array, ids_bT: jax.Array) -> jax.Array:
-        k, num = k_bTkH.shape[2], len(mask.parts)
-        if k % num == 0:
-            return own(0, q_bTkGH, k_bTkH, v_bTkU, ids_bT)
         current = current_mesh()
         over = () if current is None else getattr(current[1], axis)
         devices = 1 if current is None else math.prod(current[0].shape[a] for a in over)
-        firsts = sorted({device * k % num for device in range(devices)})
+        # The first head's place, device by device, until it repeats.
+        firsts = list(dict.fromkeys(device * k_bTkH.shape[2] % num for device in range(devices)))
         runs = [functools.partial(own, first) for first in firsts]
         place = jax.lax.axis_index(over) % len(firsts) if over else 0
         return jax.lax.switch(place, runs, q_bTkGH, k_bTkH, v_bTkU, ids_bT)

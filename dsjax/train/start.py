@@ -57,9 +57,10 @@ class Start:
         return Base.at(self.run, step)
 
     def with_weights(self, trainer: Trainer, state: TrainState) -> TrainState:
-        """A new state with the parameters and buffers of the run; buffers that it has not stay new.
+        """A new state with the parameters and buffers of the run; buffers and indexers that it has not stay new.
 
-        Pairs beside frozen weights are new; those are given by :meth:`frozen`.
+        An indexer is what a model of full attention begins its way to DeepSeek-V3.2 with. Pairs beside frozen weights
+        are new; those are given by :meth:`frozen`.
 
         Args:
             trainer: whose abstract state says where each array goes.
@@ -71,9 +72,11 @@ class Start:
         taken = {"params": {} if trainer.base else trainer.shapes.params, "buffers": trainer.shapes.buffers}
         with contextlib.closing(self.run.open_checkpoints()) as checkpoints:
             there = checkpoints.about(self.base.step)["arrays"]
-            wanted = {name: x for name, x in flatten(taken).items() if name.startswith("params/") or name in there}
+            wanted = {name: x for name, x in flatten(taken).items() if name in there or not _may_be_new(name)}
             if not trainer.base:
-                jax.tree.map(lambda x: x.delete(), state.params)
+                for name, x in flatten({"params": state.params}).items():
+                    if name in wanted:
+                        x.delete()
             found = checkpoints.restore_part(wanted, self.base.step, again=True) if wanted else {}
 
         def take(kind: str, old: object) -> object:
@@ -106,3 +109,8 @@ class Start:
             copying = run.path / f".{ORIGIN}"
             shutil.copytree(origin, copying, dirs_exist_ok=True)
             copying.rename(run.path / ORIGIN)  # whole, or not there
+
+
+def _may_be_new(name: str) -> bool:
+    """Whether training can begin with an array that the run before it has not."""
+    return name.startswith("buffers/") or "/indexer/" in name
