@@ -328,9 +328,9 @@ def plot(runs: Sequence[dict[str, Any]], found: dict[str, Any], path: pathlib.Pa
         heights = [ratio(found[list(WORKS)[i]], TOTAL, name)[0] for i in works]
         right.bar(np.array(works) + 0.2 * (place - 1.5), heights, 0.19, label=label)
     right.axhline(FASTER, color="k", linestyle=":", linewidth=1)
-    right.set_xticks(range(len(WORKS)), list(WORKS), fontsize=8)
+    right.set_xticks(range(len(WORKS)), [work.replace(", ", ",\n") for work in WORKS], fontsize=8)
     right.set(ylabel=f"{TOTAL} / {SPARSE}; dots: {FASTER}")
-    right.legend(fontsize=7, loc="lower right")
+    right.legend(fontsize=7, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
