@@ -213,6 +213,33 @@ def parity(
     show(figures, target)
 
 
+def sandbox(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    programs: Annotated[int, arg(help="one after another, and then with several workers")] = 200,
+    workers: Annotated[int, arg(help="of the pool")] = 2,
+) -> None:
+    """Milliseconds that the sandbox takes for a program, at each level that works here, on an idle machine."""
+    from benchmarks.sandbox import measure as measure_sandbox
+
+    target = target_of(json)
+    show(measure_sandbox(programs, workers), target)
+
+
+def grammar(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    run: Annotated[str, arg(metavar="RUN", help="a trained model instead of random ones")] = "",
+    rounds: Annotated[int, arg(help="turns of each")] = 7,
+    tokens: Annotated[int, arg(help="decoded behind each prompt")] = 128,
+) -> None:
+    """Time decoding within Python's grammar and freely, eight requests at a time, in alternation."""
+    from benchmarks.grammar import compare_all
+
+    target = target_of(json)
+    show(compare_all(run, rounds=rounds, tokens=tokens), target)
+
+
 def plans(
     only: Annotated[Literal["all", "scaling", "presets", "inference", "published"], arg(help="which part")] = "all",
 ) -> None:
@@ -268,6 +295,8 @@ def main() -> None:
     app.command(long_row)
     app.command(convert)
     app.command(parity)
+    app.command(sandbox)
+    app.command(grammar)
     app.command(plans)
     app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
 

@@ -84,31 +84,64 @@ def inspect(
 
 
 def evaluate(
-    run: Annotated[Positional[str], arg(metavar="RUN", help="run folder")],
+    run: Annotated[
+        Positional[str], arg(metavar="DIR", help="a RUN; for programs also a folder of Hugging Face's layout")
+    ],
     /,
     *,
-    task: Annotated[Literal["report", "needle"], arg(help="needle: find facts hidden in held-out text")] = "report",
-    samples: Annotated[int, arg(help="function bodies for parse_share, or needles of each kind")] = 64,
+    task: Annotated[
+        Literal["report", "needle", "humaneval", "mbpp", "tasks"],
+        arg(help="needle: facts hidden in held-out text; humaneval, mbpp, tasks: programs, run in the sandbox"),
+    ] = "report",
+    samples: Annotated[
+        int | None,
+        arg(metavar="N", help="bodies for parse_share or needles (64); of programs, for each problem (the largest k)"),
+    ] = None,
     length: Annotated[int, arg(metavar="TOKENS", help="of a row with needles; 0: as in training")] = 0,
+    k: Annotated[str, arg(metavar="N[,N...]", help="of programs: pass@k")] = "1",
+    problems: Annotated[str, arg(metavar="FILE", help="of programs: JSON lines of HumanEval, MBPP or tasks")] = "",
+    limit: Annotated[int, arg(metavar="N", help="of programs: the first N problems; 0: all (tasks: 200)")] = 0,
+    max_tokens: Annotated[int, arg(metavar="N", help="of a program")] = 384,
+    temperature: Annotated[
+        float | None, arg(metavar="X", help="of programs; default: 0 for one sample, else 0.8")
+    ] = None,
+    grammar: Annotated[Literal["", "python"], arg(help="python: only what Python parses is written")] = "",
+    chat: Annotated[bool, arg(help="problems are a user's messages; the model's chat template is used")] = False,
+    seed: Annotated[int, arg(metavar="N", help="of the programs")] = 0,
+    output: Annotated[str, arg(metavar="FILE", help="of programs: JSON; default: TASK.json in the run's folder")] = "",
     quiet: Annotated[bool, arg(help="print only the report")] = False,
 ) -> int:
     """Held-out bits per byte beside its baselines, and sampled function bodies; writes report.md and report.json.
 
     With --task needle: facts hidden in held-out text and asked for at its end; writes needle.json and needle.png.
+    With --task humaneval, mbpp or tasks (held-out compositions): the model's programs are run in the sandbox.
+    Example: dsjax eval runs/coder --task tasks --k 1,10 --samples 20
     """
-    if samples < 1:
+    if samples is not None and samples < 1:
         raise UserError(f"--samples is {samples}; it must be at least 1")
     if length < 0 or (length and task != "needle"):
         raise UserError(f"--length is {length}; it is a number of tokens from 1, or 0, and goes with --task needle")
+    folder = pathlib.Path(run)
+    if task in ("humaneval", "mbpp", "tasks"):
+        from dsjax.evals.written_programs import WrittenPrograms, evaluate_programs
+
+        asked = WrittenPrograms(
+            task, tuple(whole_numbers("--k", k)), samples or 0, problems, limit, max_tokens, temperature,
+            bool(grammar), chat, seed=seed,
+        )  # fmt: skip
+        asked.validate()
+        start_jax()
+        evaluate_programs(folder, asked, output=pathlib.Path(output) if output else None, quiet=quiet)
+        return 0
     start_jax()
     if task == "needle":
         from dsjax.evals.needle_text import evaluate_needle
 
-        evaluate_needle(pathlib.Path(run), length=length, num_samples=samples, quiet=quiet)
+        evaluate_needle(folder, length=length, num_samples=samples or 64, quiet=quiet)
         return 0
     from dsjax.evals.report import evaluate_run
 
-    evaluate_run(pathlib.Path(run), num_samples=samples, quiet=quiet)
+    evaluate_run(folder, num_samples=samples or 64, quiet=quiet)
     return 0
 
 
@@ -134,6 +167,9 @@ def generate(
     draft: Annotated[
         int, arg(metavar="N", help="tokens that the model's own MTP modules draft in a step; the text is the same")
     ] = 0,
+    grammar: Annotated[
+        Literal["", "python"], arg(help="python: the prompt with its continuation is a program that Python parses")
+    ] = "",
     mesh: Annotated[str, arg(metavar="AXIS=N,...", help="devices along each mesh axis; default: one device")] = "",
     dtype: Annotated[
         Literal["", "float32", "bfloat16"], arg(help="of weights and activations; default: as they are stored")
@@ -154,7 +190,7 @@ def generate(
     text = read_prompt(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     is_run = (pathlib.Path(folder) / "checkpoints").is_dir()
     sampling = SamplingConfig(temperature, top_k, top_p, min_p)
-    options = Options(text, chat, system, max_tokens, n, stop, sampling, seed, is_run, json, quiet, draft)
+    options = Options(text, chat, system, max_tokens, n, stop, sampling, seed, is_run, json, quiet, draft, grammar)
     options.check()
     start_jax()
     from dsjax.loaded import load
@@ -186,6 +222,27 @@ def convert(
 
     paths = pathlib.Path(source), pathlib.Path(target) if target else None
     return run(Request(*paths, check, mesh, keep_fp8, dtype or None, max_shard_size, quiet))
+
+
+def data(
+    what: Annotated[
+        Positional[Literal["build", "tasks"]], arg(metavar="build|tasks", help="a corpus, or a folder of tasks")
+    ],
+    words: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="[SRC] DST [KEY=VALUE ...]", help="build: SRC and DST; tasks: DST")
+    ] = (),
+    /,
+    *,
+    workers: Annotated[int, arg(metavar="N", help="processes of build; no effect on what is written")] = 1,
+    quiet: Annotated[bool, arg(help="print nothing but the report")] = False,
+) -> int:
+    """Build a corpus of code from SRC (a repository, a folder of them, or "stdlib"), or write programming tasks.
+
+    Example: dsjax data build stdlib corpora/stdlib fim.rate=0.5; dsjax data tasks tasks training=10000
+    """
+    from dsjax.data.command import run
+
+    return run(what, words, workers=workers, quiet=quiet)
 
 
 def plan(
@@ -376,7 +433,7 @@ def parse(arguments: list[str]) -> Callable[[], int]:
     """
     app = tyro.extras.SubcommandApp()
     commands = {"train": train, "eval": evaluate, "generate": generate, "plan": plan, "kernels": kernels}
-    commands |= {"inspect": inspect, "convert": convert}
+    commands |= {"inspect": inspect, "convert": convert, "data": data}
     for name, command in commands.items():
         app.command(name=name)(deferred(command))
     said = io.StringIO()
@@ -428,7 +485,7 @@ Start with: dsjax train configs/quickstart.py"""
 
 def gather_overrides(arguments: list[str]) -> list[str]:
     """Puts the ``key=value`` words together behind CONFIG, wherever among the options they stand."""
-    if not arguments or arguments[0] not in ("train", "plan"):
+    if not arguments or arguments[0] not in ("train", "plan", "data"):
         return arguments
     words, options, takes_value = [], [], False
     for word in arguments[1:]:

@@ -28,10 +28,13 @@ from dsjax.convert.families import config_from_hf
 from dsjax.convert.names import read_arrays
 from dsjax.data.chat import ChatTemplate
 from dsjax.data.hf_tokenizer import load_hf_tokenizer
+from dsjax.data.structure.scanner import Scanner
+from dsjax.data.structure.stored import scanner
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.engine import generate, placed
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from dsjax.nn.fields import NUM_FIELDS
 from dsjax.nn.masks import Documents
 from dsjax.runs import RunFolder, load_model
 from dsjax.sharding import (
@@ -93,7 +96,13 @@ class LoadedModel:
         rows = self._row_devices
         more = [(0, -B % rows), (0, 0)]
         put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch", None))
-        return self._forward(self.params, *(put(np.pad(x, more)) for x in (tokens_BT, ids_BT)))[:B]
+        arrays = [put(np.pad(x, more)) for x in (tokens_BT, ids_BT)]
+        if self.config.structure is not None:
+            features_BTC = np.zeros((*tokens_BT.shape, NUM_FIELDS), np.int16)
+            for row, (tokens, real) in enumerate(zip(tokens_BT, ids_BT, strict=True)):
+                features_BTC[row, real > 0] = self._scanner.copy().scan(tokens[real > 0])
+            arrays.append(put(np.pad(features_BTC, [*more, (0, 0)])))
+        return self._forward(self.params, *arrays)[:B]
 
     def generate(
         self,
@@ -148,6 +157,7 @@ class LoadedModel:
             sampling=sampling,
             seed=seed,
             mesh=self.mesh,
+            scanners=() if self.config.structure is None else [self._scanner] * (B + fill),
         )
         new_BS = np.concatenate(list(parts), axis=1)[:B]
         new_BS = np.pad(new_BS, [(0, 0), (0, max_new_tokens - new_BS.shape[1])], constant_values=end_id)
@@ -175,12 +185,21 @@ class LoadedModel:
         return tokens_BT.astype(np.int32), ids_BT
 
     @functools.cached_property
+    def _scanner(self) -> Scanner:
+        """At the beginning of a text."""
+        if self.tokenizer is None or self.config.structure is None:
+            raise UserError("the model has structure, which is read from text: its folder needs a tokenizer.json")
+        return scanner(self.config.structure.language, self.tokenizer)
+
+    @functools.cached_property
     def _forward(self) -> Any:
-        def forward(params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        def forward(
+            params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"], features_BTC: Any = None
+        ) -> Float[Array, "B T V"]:
             with use_mesh(self.mesh, dataclasses.replace(self.rules, length=())):
                 model = nnx.merge(self.graph, params)
                 positions_BT = jnp.maximum(jnp.cumsum(ids_BT, axis=1) - 1, 0)
-                return model.logits(model(tokens_BT, Documents(ids_BT, positions_BT)))
+                return model.logits(model(tokens_BT, Documents(ids_BT, positions_BT), features_BTC=features_BTC))
 
         return jax.jit(forward, out_shardings=replicated(self.mesh))
 

@@ -29,6 +29,7 @@ LAYERS = (
     ("dsjax.sharding_table", "dsjax.data"),
     ("dsjax.runs",),
     ("dsjax.runtime", "dsjax.inspection", "dsjax.infer", "dsjax.convert", "dsjax.loaded"),
+    ("dsjax.rl",),
     ("dsjax.evals",),
     ("dsjax.train",),
     ("dsjax.plan",),

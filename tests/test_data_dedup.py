@@ -75,7 +75,7 @@ def test_signatures_estimate_jaccard():
     estimates = []
     for _ in range(200):
         values = rng.integers(0, 2**64, 1500, dtype=np.uint64)  # 1000 and 1000, of which 500 shared: 1/3
-        estimates.append((dedup._signature(values[:1000]) == dedup._signature(values[500:])).mean())
+        estimates.append((dedup.signature(values[:1000]) == dedup.signature(values[500:])).mean())
     # One estimate has the standard deviation of a binomial, sqrt(p (1 - p) / 128) = 0.042; the mean of 200, 0.003.
     assert abs(np.mean(estimates) - 1 / 3) < 4 * 0.003
     assert np.std(estimates) < 1.2 * 0.042

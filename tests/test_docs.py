@@ -57,7 +57,7 @@ def examples(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.mark.parametrize("words", dsjax_commands(), ids=" ".join)
 def test_a_documented_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch, examples: pathlib.Path) -> None:
     called = []
-    for name in ("train", "evaluate", "generate", "plan", "kernels", "inspect", "convert"):
+    for name in ("train", "evaluate", "generate", "plan", "kernels", "inspect", "convert", "data"):
         function = getattr(cli, name)
 
         def record(*args, function=function, **options) -> int:

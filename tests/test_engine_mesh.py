@@ -93,7 +93,7 @@ def test_on_one_cpu_no_weight_and_no_cache_is_copied(name: str) -> None:
     rows = (np.full(4, 4, np.int32), zeros, np.zeros(4, np.uint32), zeros)
     sampling = jax.tree.map(jnp.asarray, RowSampling.of([SamplingConfig(0.0)] * 4))
     lowered = made.programs.decode.lower(
-        made.params, made.behind, made._current(), *rows, sampling, np.int32(4), width=4, num_top=0
+        made.params, made.behind, made.current(), *rows, sampling, np.int32(4), width=4, num_top=0
     )
     memory = lowered.compile().memory_analysis()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves([group.pages for group in made.cache.groups]))

@@ -303,6 +303,7 @@ def _family(config: DecoderConfig) -> tuple[str, MoEConfig | None]:
     reasons = {
         "hashed n-grams": config.ngram is not None,
         "a copy head": config.copy is not None,
+        "features of the syntax": config.structure is not None,
         "layer groups of several kinds of attention": any(g.attention != attention for g in config.groups),
         "more than dense layers and then layers of experts": len(dense) > 1
         or len(sparse) > 1

@@ -19,9 +19,12 @@ class Batch:
         fine-tuning and RL may set targets of their own.
     loss_weight_BT: float32, weight of each target in the loss; 0 where there is nothing to learn (padding).
     documents: which document each position belongs to (0 = padding) and its place in it.
+    features_BTC: int16, what is known of the syntax around each input token (:mod:`dsjax.nn.fields`), for a model that
+        is given it; None: nothing.
     """
 
     tokens_BT: Leaf
     targets_BT: Leaf
     loss_weight_BT: Leaf
     documents: Documents
+    features_BTC: Leaf = None

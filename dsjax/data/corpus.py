@@ -35,9 +35,9 @@ TEXT_SUFFIXES = frozenset((
 # fmt: on
 
 # Folders of the standard library that hold tests or other people's code (wheels bundled for pip).
-_STDLIB_SKIPPED = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled"))
+STDLIB_SKIPPED = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled"))
 # Nobody's own text, in any folder.
-_SKIPPED = frozenset(("__pycache__", "node_modules"))
+SKIPPED = frozenset(("__pycache__", "node_modules"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,14 @@ class Source:
         recursively), a text, .jsonl, .jsonl.gz or .parquet file, or a glob.
     weight: share of this source in the rows of training, relative to the other sources.
     text_key: the field (JSONL) or column (parquet) that holds the text.
+    marked: whether records of JSON lines say which parts of their text are special tokens, and which are not learned
+        (`dsjax.data.marked`), as those of `dsjax data build` and `dsjax data tasks` do.
     """
 
     path: str = STDLIB
     weight: PositiveFloat = 1.0
     text_key: str = "text"
+    marked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_source(source: Source) -> Reading:
     digests: dict[str, str] = {}
     most = 1
     for path, name in _list_files(source.path):
-        items = read_file(path, name, source.text_key)
+        items = read_file(path, name, source.text_key, marked=source.marked)
         most = max(most, len(items))
         documents += [item for item in items if isinstance(item, Document)]
         skipped += [item for item in items if isinstance(item, Skipped)]
@@ -192,12 +195,11 @@ def changed_documents(before: Any, now: Sequence[dict[str, str]]) -> str:
 def _list_files(path: str) -> Iterator[tuple[pathlib.Path, str]]:
     """(file, name) pairs of a source, sorted by name."""
     if path == STDLIB:
-        root = pathlib.Path(sysconfig.get_path("stdlib"))
-        yield from _walk(root, skip_folders=_SKIPPED | _STDLIB_SKIPPED, suffixes=frozenset((".py",)))
+        yield from _walk(stdlib_folder(), skip_folders=SKIPPED | STDLIB_SKIPPED, suffixes=frozenset((".py",)))
         return
     root = pathlib.Path(path).expanduser()
     if root.is_dir():
-        yield from _walk(root, skip_folders=_SKIPPED, suffixes=TEXT_SUFFIXES)
+        yield from _walk(root, skip_folders=SKIPPED, suffixes=TEXT_SUFFIXES)
     elif root.exists():
         yield root, root.name
     elif glob.has_magic(path):
@@ -205,24 +207,34 @@ def _list_files(path: str) -> Iterator[tuple[pathlib.Path, str]]:
         files = sorted(pathlib.Path(p) for p in glob.glob(str(root), recursive=True))  # noqa: PTH207
         yield from ((p, p.as_posix()) for p in files if p.is_file())
     else:
-        raise UserError(_missing_path(path, root))
+        raise UserError(missing_path(path, root))
 
 
 def _walk(
     root: pathlib.Path, *, skip_folders: frozenset[str], suffixes: frozenset[str]
 ) -> Iterator[tuple[pathlib.Path, str]]:
+    for name in walk(root, skip_folders):
+        is_record = suffixes is TEXT_SUFFIXES and name.lower().endswith(RECORD_SUFFIXES)
+        if is_record or pathlib.PurePath(name.lower()).suffix in suffixes:
+            yield root / name, name
+
+
+def stdlib_folder() -> pathlib.Path:
+    """Where the running interpreter's standard library is."""
+    return pathlib.Path(sysconfig.get_path("stdlib"))
+
+
+def walk(root: pathlib.Path, skip_folders: frozenset[str] = SKIPPED) -> list[str]:
+    """The names of all files below a folder, sorted, relative to it, with /; hidden folders are left out."""
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in skip_folders and not f.startswith(".")]
-        for file in files:
-            suffix = pathlib.PurePath(file.lower()).suffix
-            is_record = suffixes is TEXT_SUFFIXES and file.lower().endswith(RECORD_SUFFIXES)
-            if suffix in suffixes or is_record:
-                names.append(pathlib.Path(folder, file).relative_to(root).as_posix())
-    yield from ((root / name, name) for name in sorted(names))
+        names += [pathlib.Path(folder, file).relative_to(root).as_posix() for file in files]
+    return sorted(names)
 
 
-def _missing_path(path: str, root: pathlib.Path) -> str:
+def missing_path(path: str, root: pathlib.Path) -> str:
+    """That a source does not exist, in one sentence that names the nearest one that does."""
     siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
     near = difflib.get_close_matches(root.name, siblings, n=1)
     hint = f"; did you mean {str(root.parent / near[0])!r}?" if near else ""

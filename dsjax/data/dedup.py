@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from dsjax.data.corpus import Document
 SHINGLE = 5  # tokens; whitespace is not a token, so re-indented copies are still found
 NUM_HASHES = 128
 _RECALL = 0.999  # chance that a pair exactly at the threshold becomes a candidate
+_MOST_TOKENS = 2**20  # distinct ones whose hashes are kept, about 100 MB
+_NOTHING = np.uint64(2**64 - 1)  # the signature of a text without tokens
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -42,35 +44,56 @@ class Dedup:
 
 
 def deduplicate(documents: Sequence[Document], threshold: float = 0.7) -> Dedup:
-    """Keeps one document of each group of near duplicates.
-
-    Documents are visited in the order of their SHA-256; each is dropped if it is similar to one already kept. So no
-    two kept documents are near duplicates (of pairs exactly at the threshold, LSH misses one in a thousand), and
-    every dropped one is similar to the kept partner that is reported.
+    """Keeps one document of each group of near duplicates; see :func:`find_duplicates`.
 
     Args:
-        documents: any number of documents.
+        documents: any number of documents; their shingles are all held in memory.
         threshold: Jaccard similarity in (0, 1] from which two documents count as the same.
     """
-    order = sorted(range(len(documents)), key=lambda i: (documents[i].digest, documents[i].name, i))
+    shingle = Shingles()
+    sets = [shingle(document.text) for document in documents]
+    keys = [(document.digest, document.name) for document in documents]
+    return find_duplicates(keys, sets.__getitem__, lambda i: signature(sets[i]), threshold)
+
+
+def find_duplicates(
+    keys: Sequence[tuple[bytes, str]],
+    shingles_of: Callable[[int], np.ndarray],
+    signature_of: Callable[[int], np.ndarray],
+    threshold: float,
+) -> Dedup:
+    """Keeps one text of each group of near duplicates, without holding any text.
+
+    Texts are visited in the order of their SHA-256; each is dropped if it is similar to one already kept. So no
+    two kept texts are near duplicates (of pairs exactly at the threshold, LSH misses one in a thousand), and
+    every dropped one is similar to the kept partner that is reported. Memory: about 6 KB for each text that is kept.
+
+    Args:
+        keys: SHA-256 of the content, and name, of each text.
+        shingles_of: the sorted shingles of text i, from :class:`Shingles`; empty if it has no token. Asked for again
+            and again of texts that are alike.
+        signature_of: the :func:`signature` of text i. Asked for once at the most.
+        threshold: Jaccard similarity in (0, 1] from which two texts count as the same.
+    """
+    order = sorted(range(len(keys)), key=lambda i: (*keys[i], i))
     rank = {index: place for place, index in enumerate(order)}  # breaks ties by content, not by input order
     rows = _rows_per_band(threshold)
-    shingles = _shingle_sets(documents)
-    # One table per band: band of a signature -> the kept documents that have it. Documents kept are never similar to
+    # One table per band: band of a signature -> the kept texts that have it. Texts kept are never similar to
     # each other, so the lists stay short however many copies the corpus holds.
     tables: list[dict[bytes, list[int]]] = [collections.defaultdict(list) for _ in range(NUM_HASHES // rows)]
     kept: list[int] = []
     partner: dict[int, Duplicate] = {}
     previous = -1  # the last content's first copy: equal contents follow each other in `order`
     for index in order:
-        if previous >= 0 and documents[index].digest == documents[previous].digest:
-            # A copy of a dropped document is as similar to that one's partner.
+        if previous >= 0 and keys[index][0] == keys[previous][0]:
+            # A copy of a dropped text is as similar to that one's partner.
             stand_in = partner.get(previous, Duplicate(previous, previous, 1.0))
             partner[index] = dataclasses.replace(stand_in, dropped=index)
             continue
         previous = index
-        buckets = _buckets(shingles[index], rows, tables)
-        found = _most_similar(shingles, index, sorted(set(itertools.chain(*buckets)), key=rank.__getitem__))
+        buckets = _buckets(signature_of(index), rows, tables)
+        candidates = sorted(set(itertools.chain(*buckets)), key=rank.__getitem__)
+        found = _most_similar(shingles_of, index, candidates)
         if found is not None and found.similarity >= threshold:
             partner[index] = found
             continue
@@ -80,20 +103,21 @@ def deduplicate(documents: Sequence[Document], threshold: float = 0.7) -> Dedup:
     return Dedup(tuple(sorted(kept)), tuple(partner[i] for i in sorted(partner)))
 
 
-def _buckets(shingles: np.ndarray, rows: int, tables: list[dict[bytes, list[int]]]) -> list[list[int]]:
-    """The bucket of each band that a document falls into; none for a document without tokens."""
-    if not shingles.size:
+def _buckets(signature: np.ndarray, rows: int, tables: list[dict[bytes, list[int]]]) -> list[list[int]]:
+    """The bucket of each band that a text falls into; none for a text without tokens."""
+    if (signature == _NOTHING).all():
         return []
-    signature = _signature(shingles)
     return [table[signature[band * rows : (band + 1) * rows].tobytes()] for band, table in enumerate(tables)]
 
 
-def _most_similar(shingles: list[np.ndarray], index: int, others: list[int]) -> Duplicate | None:
+def _most_similar(shingles_of: Callable[[int], np.ndarray], index: int, others: list[int]) -> Duplicate | None:
     """The first of the most similar `others`."""
     best: Duplicate | None = None
+    mine = shingles_of(index) if others else np.empty(0, np.uint64)
     for other in others:
-        shared = np.intersect1d(shingles[index], shingles[other], assume_unique=True).size
-        similarity = shared / (shingles[index].size + shingles[other].size - shared)
+        theirs = shingles_of(other)
+        shared = np.intersect1d(mine, theirs, assume_unique=True).size
+        similarity = shared / (mine.size + theirs.size - shared)
         if best is None or similarity > best.similarity:
             best = Duplicate(index, other, similarity)
     return best
@@ -115,21 +139,31 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _shingle_sets(documents: Sequence[Document]) -> list[np.ndarray]:
-    """For each document its sorted distinct 64-bit shingle hashes; empty for one without any token."""
-    hashes = _TokenHashes()
-    sets = []
-    for document in documents:
-        tokens = _TOKEN.findall(document.text)
-        values = np.fromiter(map(hashes.__getitem__, tokens), np.uint64, len(tokens))
-        # A document shorter than one shingle is one shingle.
-        width = min(SHINGLE, max(len(values), 1))
+class Shingles:
+    """Makes the set of shingles of a text: sorted distinct 64-bit hashes of its token n-grams, (n,) uint64.
+
+    It is empty for a text without any token; a text shorter than one shingle is one shingle.
+    """
+
+    def __init__(self, width: int = SHINGLE) -> None:
+        self._hashes = _TokenHashes()
+        self._width = width
+
+    def has_full(self, text: str) -> bool:
+        """Whether a text is as long as a shingle."""
+        return len(_TOKEN.findall(text)) >= self._width
+
+    def __call__(self, text: str) -> np.ndarray:
+        tokens = _TOKEN.findall(text)
+        values = np.fromiter(map(self._hashes.__getitem__, tokens), np.uint64, len(tokens))
+        if len(self._hashes) > _MOST_TOKENS:
+            self._hashes.clear()
+        width = min(self._width, max(len(values), 1))
         count = max(len(values) - width + 1, 0)
         shingle = np.zeros(count, np.uint64)
         for offset in range(width):
             shingle = _mix(shingle * np.uint64(0x9E3779B97F4A7C15) + values[offset : offset + count])
-        sets.append(np.unique(shingle))
-    return sets
+        return np.unique(shingle)
 
 
 def _rows_per_band(threshold: float) -> int:
@@ -143,12 +177,15 @@ def _rows_per_band(threshold: float) -> int:
 _SALTS = _mix(np.arange(1, NUM_HASHES + 1, dtype=np.uint64))
 
 
-def _signature(shingles: np.ndarray) -> np.ndarray:
-    """The MinHash signature, (NUM_HASHES,) uint64: the least shingle under each of as many hash functions."""
-    signature = np.full(NUM_HASHES, np.iinfo(np.uint64).max)
+def signature(shingles: np.ndarray) -> np.ndarray:
+    """The MinHash signature, (NUM_HASHES,) uint64: the least shingle under each of as many hash functions.
+
+    That of a union of sets is the least of their signatures, hash by hash.
+    """
+    least = np.full(NUM_HASHES, _NOTHING)
     for start in range(0, shingles.size, 2048):  # in pieces that fit the cache
         piece = shingles[start : start + 2048]
         # Shingles are well mixed already: a salt and one odd multiplication suffice, as every pair is verified.
         hashed = (piece[None, :] ^ _SALTS[:, None]) * np.uint64(0x9E3779B97F4A7C15)
-        signature = np.minimum(signature, hashed.min(axis=1))
-    return signature
+        least = np.minimum(least, hashed.min(axis=1))
+    return least

@@ -14,16 +14,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Int16, Int32, Int64, Integer
 
 from dsjax.config import UserError
 from dsjax.data.batch import Batch
 from dsjax.data.prepare import Corpus, DataConfig, HeldOut, TokenStore
+from dsjax.nn.fields import BEGINNING, NUM_FIELDS, POINTERS
 from dsjax.nn.masks import Documents
 
 _PREFETCH_THREADS = 2
@@ -78,23 +79,35 @@ class PackedRows:
         layout = self._layout(epoch)
         begin = int(layout.rows[place]) * self._seq_len
         used = min(self._num_tokens - begin, self._seq_len)
-        window = self._window(layout, begin, begin + self._seq_len + 1)  # one more: the last target
         low, high = np.searchsorted(layout.starts, (begin, begin + used))
         parts = np.union1d([0], layout.starts[low:high] - begin)
-        return _row(window[:-1], window[1:], used, parts)
+        store, length = self._store, self._seq_len + 1  # one more: the last target
+        pieces = list(self._pieces(layout, begin, begin + length))
+        window = np.full(length, self._end_id, np.int32)
+        features = None if store.features is None else np.tile(np.array(BEGINNING, np.int16), (length, 1))
+        weights = None if store.weights is None else np.ones(length, np.float32)
+        for low, high, source in pieces:
+            window[low:high] = store.tokens[source : source + high - low]
+            if store.features is not None and features is not None:
+                first, last = source * NUM_FIELDS, (source + high - low) * NUM_FIELDS
+                features[low:high] = store.features[first:last].reshape(-1, NUM_FIELDS)
+            if store.weights is not None and weights is not None:
+                weights[low:high] = store.weights[source : source + high - low]
+        row = _row(window[:-1], window[1:], used, parts, None if features is None else features[:-1])
+        if weights is not None:
+            row["loss_weight"] *= weights[1:]
+        return row
 
-    def _window(self, layout: _Layout, begin: int, end: int) -> np.ndarray:
-        """Tokens begin .. end of the stream; boundaries beyond its end."""
-        window = np.full(end - begin, self._end_id, np.int32)
+    def _pieces(self, layout: _Layout, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Where documents stand in begin .. end of the stream, and where in the store; between them are boundaries."""
         first = int(np.searchsorted(layout.starts, begin, side="right")) - 1
         last = int(np.searchsorted(layout.starts[:-1], end))
         for place in range(first, last):
             source = int(self._store.offsets[layout.documents[place]])
-            start = int(layout.starts[place]) + 1  # after the boundary, which `window` holds already
+            start = int(layout.starts[place]) + 1  # after the boundary
             low, high = max(start, begin), min(int(layout.starts[place + 1]), end)
             if low < high:
-                window[low - begin : high - begin] = self._store.tokens[source + low - start : source + high - start]
-        return window
+                yield low - begin, high - begin, source + low - start
 
 
 def _permutation(size: int, *seed: int) -> np.ndarray:
@@ -106,24 +119,41 @@ def _permutation(size: int, *seed: int) -> np.ndarray:
     return np.argsort(np.random.Philox(np.random.SeedSequence(seed)).random_raw(size), kind="stable")
 
 
-def _row(tokens_T: np.ndarray, targets_T: np.ndarray, used: int, parts: np.ndarray) -> dict[str, np.ndarray]:
+def _row(
+    tokens_T: np.ndarray, targets_T: np.ndarray, used: int, parts: np.ndarray, features_TC: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """A row of which the first `used` positions count, cut into documents at `parts` (the first is 0)."""
     place_T = np.arange(tokens_T.size, dtype=np.int32)
     real_T = place_T < used
     part_T = np.searchsorted(parts, place_T, side="right")
     positions_T = place_T - parts[part_T - 1]
-    return {
+    fields = {
         "tokens": tokens_T.astype(np.int32),
         "targets": targets_T.astype(np.int32),
         "loss_weight": real_T.astype(np.float32),
         "document_ids": np.where(real_T, part_T, 0).astype(np.int32),
         "positions": np.where(real_T, positions_T, 0).astype(np.int32),
     }
+    if features_TC is not None:
+        fields["features"] = within_row(features_TC, positions_T)
+    return fields
+
+
+def within_row(features_TC: Int16[np.ndarray, "T C"], positions_T: Integer[np.ndarray, " T"]) -> np.ndarray:
+    """Features of a row, in which no token points to in front of the row, or of the part of it that it belongs to.
+
+    Args:
+        features_TC: of whole documents.
+        positions_T: place of each token in its part of the row.
+    """
+    out_TC, columns = features_TC.copy(), list(POINTERS.values())
+    out_TC[:, columns] = np.where(features_TC[:, columns] <= positions_T[:, None], features_TC[:, columns], 0)
+    return out_TC
 
 
 def _as_batch(rows: dict[str, np.ndarray]) -> Batch:
     documents = Documents(ids_BT=rows["document_ids"], positions_BT=rows["positions"])
-    return Batch(rows["tokens"], rows["targets"], rows["loss_weight"], documents)
+    return Batch(rows["tokens"], rows["targets"], rows["loss_weight"], documents, rows.get("features"))
 
 
 def mixed_rows(corpus: Corpus, cfg: DataConfig) -> grain.MapDataset[dict[str, np.ndarray]]:
@@ -139,7 +169,10 @@ def mixed_rows(corpus: Corpus, cfg: DataConfig) -> grain.MapDataset[dict[str, np
         seed = int.from_bytes(digest[:8], "little")
         rows = PackedRows(store, seq_len=cfg.seq_len, seed=seed, end_id=corpus.tokenizer.end_id)
         datasets.append(grain.MapDataset.source(rows))
-    return grain.MapDataset.mix(datasets, [source.weight for source in cfg.sources])
+    weights = [source.weight for source in cfg.sources]
+    rest, of_sources = 1 - sum(corpus.further_shares), sum(weights)
+    further = [share * of_sources / rest for share in corpus.further_shares]
+    return grain.MapDataset.mix(datasets, [*weights, *further])
 
 
 class BatchIterator:
@@ -242,6 +275,7 @@ class _Window:
     tokens: np.ndarray
     targets: np.ndarray
     num_seen: int  # targets at the front that an earlier window counts
+    features: np.ndarray | None
 
 
 def eval_windows(
@@ -264,13 +298,17 @@ def eval_windows(
         raise UserError(f"the context of evaluation is {context}; it must be at least 0 and below seq_len, {seq_len}")
     windows = []
     for number, document in enumerate(documents):
-        stream = _bounded(document.ids, end_id)
+        stream, features = _bounded(document.ids, end_id), None
+        if document.features_TC is not None:
+            features = np.concatenate((np.array([BEGINNING], np.int16), document.features_TC))
         for start in range(0, max(stream.size - 1 - context, 1), seq_len - context):
             piece = stream[start : start + seq_len + 1]
-            windows.append(_Window(number, piece[:-1], piece[1:], context if start else 0))
+            seen = None if features is None else features[start : start + piece.size - 1]
+            windows.append(_Window(number, piece[:-1], piece[1:], context if start else 0, seen))
 
-    rows = [_eval_row(row, seq_len, end_id) for row in _first_fit(windows, seq_len)]
-    empty = _eval_row([], seq_len, end_id)
+    with_features = any(document.features_TC is not None for document in documents)
+    rows = [_eval_row(row, seq_len, end_id, with_features) for row in _first_fit(windows, seq_len)]
+    empty = _eval_row([], seq_len, end_id, with_features)
     rows += [empty] * (-len(rows) % batch_size)
     batches, owners = [], []
     for first in range(0, len(rows), batch_size):
@@ -310,11 +348,14 @@ def _first_fit(windows: Sequence[_Window], seq_len: int) -> list[list[_Window]]:
     return rows
 
 
-def _eval_row(windows: Sequence[_Window], seq_len: int, end_id: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _eval_row(
+    windows: Sequence[_Window], seq_len: int, end_id: int, with_features: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The fields of a row and the document of each counted target (-1 elsewhere)."""
     tokens_T = np.full(seq_len, end_id, np.int32)
     targets_T = np.full(seq_len, end_id, np.int32)
     owner_T = np.full(seq_len, -1, np.int32)
+    features_TC = np.tile(np.array(BEGINNING, np.int16), (seq_len, 1)) if with_features else None
     boundaries = [0]
     place = 0
     for window in windows:
@@ -322,8 +363,10 @@ def _eval_row(windows: Sequence[_Window], seq_len: int, end_id: int) -> tuple[di
         tokens_T[place:end] = window.tokens
         targets_T[place:end] = window.targets
         owner_T[place + window.num_seen : end] = window.document
+        if features_TC is not None and window.features is not None:
+            features_TC[place:end] = window.features
         boundaries.append(end)
         place = end
-    fields = _row(tokens_T, targets_T, place, np.asarray(boundaries[:-1] or [0]))
+    fields = _row(tokens_T, targets_T, place, np.asarray(boundaries[:-1] or [0]), features_TC)
     fields["loss_weight"] = (owner_T >= 0).astype(np.float32)
     return fields, owner_T

@@ -12,20 +12,23 @@ import pathlib
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Int16, Int32, Int64, Integer, UInt8
 
 from dsjax import manifest
 from dsjax.config import Bounds, PositiveInt, Seed, Share, UserError, validate
 from dsjax.data.corpus import Reading, Source, check_damage, describe_skipped, read_source
 from dsjax.data.dedup import Duplicate, deduplicate
 from dsjax.data.records import Document, Skipped
+from dsjax.data.structure.errors import BROKEN, REPAIR, RepairConfig
 from dsjax.data.token_file import TokenFile, write_tokens
 from dsjax.data.tokenizer import END, SPLIT, Tokenizer, load_tokenizer, parse_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Raise when the same inputs give other arrays (a new split rule, another format): old caches are then left alone.
 _CACHE_VERSION = 2
@@ -51,6 +54,7 @@ class DataConfig:
     seq_len: tokens in a row.
     batch_size: rows in a step, over all hosts.
     seed: of every shuffle.
+    repair: rows of broken code and what mends it, or none (:mod:`dsjax.data.structure.repair`).
     """
 
     sources: tuple[Source, ...] = (Source(),)
@@ -64,6 +68,7 @@ class DataConfig:
     seq_len: PositiveInt = 256
     batch_size: PositiveInt = 8
     seed: Seed = 0
+    repair: RepairConfig | None = None
 
     def validate(self) -> None:
         """What annotations cannot say; `dsjax.config.validate` checks those and calls this.
@@ -86,23 +91,32 @@ class DataConfig:
                 f"vocab_size is {self.vocab_size}; it must be at least {256 + len(names)}:"
                 f" 256 bytes and {len(names)} special token(s)"
             )
+        if self.repair is not None and not self.tokenizer_path and not {BROKEN, REPAIR} <= set(self.special_tokens):
+            raise UserError(f"special_tokens is {self.special_tokens!r}; with repair it has {BROKEN!r} and {REPAIR!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-    """The training documents of one source: document d is tokens[offsets[d] : offsets[d + 1]], without boundaries."""
+    """The training documents of one source: document d is tokens[offsets[d] : offsets[d + 1]], without boundaries.
+
+    features: of token after token, C numbers each (:mod:`dsjax.nn.fields`); None: there are none.
+    weights: whether a token is to be predicted; None: all are.
+    """
 
     tokens: Integer[np.ndarray, " N"] | TokenFile
     offsets: Int64[np.ndarray, " bounds"]
+    features: Int16[np.ndarray, " N_C"] | TokenFile | None = None
+    weights: UInt8[np.ndarray, " N"] | TokenFile | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """One held-out document, its ids without boundaries."""
+    """One held-out document, its ids without boundaries, and their features if a model is given such."""
 
     name: str
     text: str
     ids: Int32[np.ndarray, " T"]
+    features_TC: Int16[np.ndarray, "T C"] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -139,6 +153,8 @@ class Corpus:
     fingerprint: SHA-256 that changes with any document, the tokenizer and every setting that changes the rows.
     documents: for each source, file name -> digest of what was read from it; plain data, for
         `dsjax.data.corpus.changed_documents`.
+    content: SHA-256 of the documents and the tokenizer alone.
+    further_shares: of the rows, one for each store that is none of the config's sources; those stand last.
     """
 
     stores: tuple[TokenStore, ...]
@@ -147,6 +163,8 @@ class Corpus:
     fingerprint: str
     report: CorpusReport
     documents: tuple[dict[str, str], ...] = ()
+    content: str = ""
+    further_shares: tuple[float, ...] = ()
 
     def training_documents(self) -> tuple[Integer[np.ndarray, " N"], Int64[np.ndarray, " bounds"]]:
         """Tokens and offsets of all training documents, source after source."""
@@ -210,12 +228,7 @@ def _make(
     say: Callable[[str], None],
 ) -> Corpus:
     """Builds a cache entry beside its place, moves it there and reads it back."""
-    building = _made(_beside(folder, "building"))
-    try:
-        _build(cfg, readings, loaded, building, say)
-        _publish(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    build_entry(folder, lambda building: _build(cfg, readings, loaded, building, say))
     corpus = _load(folder, cfg)
     if corpus is None:
         raise OSError("what was just written cannot be read back")
@@ -365,12 +378,26 @@ def _publish(building: pathlib.Path, folder: pathlib.Path) -> None:
             raise
 
 
+def build_entry(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
+    """A cache entry, made by ``build`` in an empty folder beside its place and moved there: whole, or not there."""
+    building = _made(_beside(folder, "building"))
+    try:
+        build(building)
+        _publish(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def _load(folder: pathlib.Path, cfg: DataConfig) -> Corpus | None:
+    return load_entry(folder, lambda folder: _read(folder, cfg))
+
+
+def load_entry(folder: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | None:
     """The verified entry; None if there is none, or it is damaged (said in one line, and moved out of the way)."""
     if not folder.is_dir():
         return None
     try:
-        return _read(folder, cfg)
+        return read(folder)
     except Exception as error:  # whatever is wrong with it, it can be made again
         _log.warning("data cache %s is damaged (%s); it is built again", folder, error)
         aside = _beside(folder, "damaged")
@@ -402,18 +429,22 @@ def _read(folder: pathlib.Path, cfg: DataConfig) -> Corpus:
     report = body["report"]
     report["skipped"] = tuple(Skipped(**item) for item in report["skipped"])
     report["duplicates"] = tuple(tuple(item) for item in report["duplicates"])
-    return Corpus(stores, held_out, tokenizer, _fingerprint(body["content"], cfg), CorpusReport(**report))
+    content = body["content"]
+    fingerprint = _fingerprint(content, cfg)
+    return Corpus(stores, held_out, tokenizer, fingerprint, CorpusReport(**report), content=content)
+
+
+def open_tokens(folder: pathlib.Path, name: str, checks: str, files: dict[str, Any], dtype: str) -> TokenFile:
+    """A file of tokens in a cache entry whose manifest lists ``files``, read through unless that takes long."""
+    num_bytes = files[name]["bytes"]
+    tokens = TokenFile(folder / name, dtype=dtype, num_bytes=num_bytes, checks=(folder / checks).read_bytes())
+    if num_bytes <= _VERIFIED_AT_START:
+        tokens.verify()
+    return tokens
 
 
 def _read_store(folder: pathlib.Path, name: str, files: dict[str, Any], dtype: str) -> TokenStore:
-    tokens = TokenFile(
-        folder / f"tokens_{name}",
-        dtype=dtype,
-        num_bytes=files[f"tokens_{name}"]["bytes"],
-        checks=(folder / f"checks_{name}").read_bytes(),
-    )
-    if files[f"tokens_{name}"]["bytes"] <= _VERIFIED_AT_START:
-        tokens.verify()
+    tokens = open_tokens(folder, f"tokens_{name}", f"checks_{name}", files, dtype)
     offsets = np.frombuffer((folder / f"offsets_{name}").read_bytes(), "<i8")
     if offsets[0] != 0 or offsets[-1] != tokens.size or (np.diff(offsets) < 0).any():
         raise manifest.Damaged(f"offsets_{name} does not fit its tokens")

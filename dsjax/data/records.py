@@ -19,16 +19,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsjax.config import UserError
+from dsjax.data.marked import Marked, Span, parse_marked
 
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text and a name to find it by: a path relative to its source, with a line or row number in record files."""
+    """One text and a name to find it by: a path relative to its source, with a line or row number in record files.
+
+    special, masked: spans of characters that are special tokens, and that are no targets of the loss; see
+        `dsjax.data.marked`. Empty but in a source that says that it is marked.
+    """
 
     name: str
     text: str
+    special: tuple[Span, ...] = ()
+    masked: tuple[Span, ...] = ()
 
     @functools.cached_property
     def content(self) -> bytes:
@@ -37,8 +44,9 @@ class Document:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """SHA-256 of the content (32 bytes)."""
-        return hashlib.sha256(self.content).digest()
+        """SHA-256 of the content (32 bytes), and of what is said of its parts, if anything is."""
+        spans = repr((self.special, self.masked)).encode() if self.special or self.masked else b""
+        return hashlib.sha256(self.content + spans).digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +68,8 @@ class Skipped:
     damaged: bool = True
 
 
-def read_file(path: pathlib.Path, name: str, text_key: str) -> list[Document | Skipped]:
-    """Every record of a file, in order.
+def read_file(path: pathlib.Path, name: str, text_key: str, *, marked: bool = False) -> list[Document | Skipped]:
+    """Every record of a file, in order; with ``marked``, records of JSON lines with the spans that they state.
 
     Raises:
         UserError: the file can not be opened or read, or `text_key` fits none of its records.
@@ -69,7 +77,7 @@ def read_file(path: pathlib.Path, name: str, text_key: str) -> list[Document | S
     lower = path.name.lower()
     try:
         if lower.endswith((".jsonl", ".jsonl.gz")):
-            return _read_jsonl(path, name, text_key)
+            return _read_jsonl(path, name, text_key, marked)
         if lower.endswith(".parquet"):
             return _read_parquet(path, name, text_key)
         return [_read_text(path, name)]
@@ -77,10 +85,10 @@ def read_file(path: pathlib.Path, name: str, text_key: str) -> list[Document | S
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _record(name: str, text: str | None, offset: int) -> Document | Skipped:
+def _record(name: str, text: str | None, offset: int, spans: Marked | None = None) -> Document | Skipped:
     if text is None or not text.strip():
         return Skipped(name, "empty", offset, damaged=False)
-    return Document(name, text)
+    return Document(name, text, spans.special, spans.masked) if spans else Document(name, text)
 
 
 # ---------------------------------------------------------------- text
@@ -111,7 +119,7 @@ class _OtherForm(_Broken):
     """JSON, but not an object with a text at `text_key`: one such is damage, nothing else is the user's mistake."""
 
 
-def _read_jsonl(path: pathlib.Path, name: str, text_key: str) -> list[Document | Skipped]:
+def _read_jsonl(path: pathlib.Path, name: str, text_key: str, marked: bool) -> list[Document | Skipped]:
     content = path.read_bytes()
     items: list[Document | Skipped] = []
     if path.name.lower().endswith(".gz"):
@@ -126,7 +134,7 @@ def _read_jsonl(path: pathlib.Path, name: str, text_key: str) -> list[Document |
         if not line.strip():
             continue
         try:
-            items.append(_record(place, _text_of_line(line, text_key), begin))
+            items.append(_record(place, *_of_line(line, text_key, marked, begin)))
             num_right += 1
         except _Broken as error:
             if isinstance(error, _OtherForm):
@@ -140,7 +148,8 @@ def _read_jsonl(path: pathlib.Path, name: str, text_key: str) -> list[Document |
     return items
 
 
-def _text_of_line(line: bytes, text_key: str) -> str | None:
+def _of_line(line: bytes, text_key: str, marked: bool, begin: int) -> tuple[str | None, int, Marked | None]:
+    """A line's text, where it begins, and the spans that it states."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -158,7 +167,12 @@ def _text_of_line(line: bytes, text_key: str) -> str | None:
         (text or "").encode()
     except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no UTF-8 text can hold
         raise _Broken("not utf-8: half of a surrogate pair") from None
-    return text
+    if not (marked and text):
+        return text, begin, None
+    try:
+        return text, begin, parse_marked(record | {"text": text}, "spans")
+    except UserError as error:
+        raise _Broken(str(error)[:200]) from None
 
 
 def _no_key(text_key: str, keys: list[str]) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,19 @@ from dsjax.config import UserError
 BLOCK = 2**12  # bytes that are checked together
 _CHECK = 8  # bytes kept of each block's SHA-256: damage that is no attack passes once in 2**64
 _CHUNK = 2**12  # blocks in memory at once while a whole file is read
+
+
+def write_parts(path: pathlib.Path, parts: Iterable[np.ndarray]) -> bytes:
+    """Writes one array after the other, all of one dtype, as they are in memory; returns the check of each block."""
+    checks, left = [], b""
+    with path.open("wb") as file:
+        for part in parts:
+            content = left + part.tobytes()
+            file.write(memoryview(content)[len(left) :])
+            whole = len(content) // BLOCK * BLOCK
+            checks += [_check(content[at : at + BLOCK]) for at in range(0, whole, BLOCK)]
+            left = content[whole:]
+    return b"".join((*checks, _check(left))) if left else b"".join(checks)
 
 
 def write_tokens(path: pathlib.Path, tokens: Integer[np.ndarray, " N"]) -> bytes:

@@ -150,6 +150,10 @@ class Tokenizer:
         names = [self._inner.id_to_token(i) or "" for i in range(self.vocab_size)]
         return np.array([i == token or (i not in special and name.startswith(start)) for i, name in enumerate(names)])
 
+    def names(self) -> list[str]:
+        """How the tokenizer's file spells each id, in the order of ids; an id that stands for nothing is empty."""
+        return [self._inner.id_to_token(i) or "" for i in range(self.vocab_size)]
+
     def to_json(self) -> str:
         """The tokenizer.json of this tokenizer."""
         return self._inner.to_str()

@@ -20,10 +20,10 @@ from dsjax.sharding import replicated, use_mesh
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "mesh"))
-def _nats(graph: Any, mesh: Any, params: Any, tokens_BT, targets_BT, ids_BT, positions_BT):
+def _nats(graph: Any, mesh: Any, params: Any, tokens_BT, targets_BT, ids_BT, positions_BT, features_BTC):
     with use_mesh(mesh):
         model = nnx.merge(graph, params)
-        out = model(tokens_BT, Documents(ids_BT, positions_BT))
+        out = model(tokens_BT, Documents(ids_BT, positions_BT), features_BTC=features_BTC)
         nats_BT = token_losses(out.hidden_BTD, model.output_weights(), targets_BT, out.copy)
     # Every process reads them all.
     return nats_BT if mesh is None else jax.lax.with_sharding_constraint(nats_BT, replicated(mesh))
@@ -62,7 +62,8 @@ def document_bits(
     bits = np.zeros(len(documents))
     for index, (batch, owner_BT) in enumerate(zip(windows.batches, windows.document_BT, strict=True)):
         b = place(batch)
-        nats = _nats(graph, mesh, params, b.tokens_BT, b.targets_BT, b.documents.ids_BT, b.documents.positions_BT)
+        rows = (b.tokens_BT, b.targets_BT, b.documents.ids_BT, b.documents.positions_BT, b.features_BTC)
+        nats = _nats(graph, mesh, params, *rows)
         counted = owner_BT >= 0
         np.add.at(bits, owner_BT[counted], np.asarray(nats, np.float64)[counted] / np.log(2))
         if progress is not None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from dsjax.config import UserError
-from dsjax.data.prepare import Corpus, HeldOut, prepare
+from dsjax.data.prepare import Corpus, HeldOut
+from dsjax.data.structure.stored import prepared, scanner
 from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.evals.compressors import xz_bits
 from dsjax.evals.functions import FunctionPrompt, cut_body, function_prompts, parses, wilson_interval
@@ -38,7 +39,7 @@ def evaluate_run(folder: pathlib.Path, *, num_samples: int = 64, quiet: bool = F
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     run = RunFolder(folder)
     model = load_model(run)
-    corpus = prepare(model.config.data, cache_dir() / "data", progress=say)
+    corpus = prepared(model.config.data, model.config.model.structure, cache_dir() / "data", progress=say)
     if corpus.tokenizer.to_json() != model.tokenizer.to_json():
         raise UserError(f"the data of {folder} changed since it was trained: its tokenizer is another one now")
 
@@ -107,12 +108,17 @@ def _paired_gain(bits: np.ndarray, baseline: np.ndarray, documents: tuple[HeldOu
 
 def sample_bodies(model: LoadedModel, prompts: list[FunctionPrompt], batch_size: int = 32) -> list[tuple[str, bool]]:
     """For each prompt the body that the model writes, and whether it is finished."""
-    tokenizer, length = model.tokenizer, model.config.data.seq_len
+    tokenizer, length, structure = model.tokenizer, model.config.data.seq_len, model.config.model.structure
     new = min(BODY_TOKENS, length // 2)
+    at_start = None if structure is None else scanner(structure.language, tokenizer)
     bodies = []
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
-        ids = [_context_ids(tokenizer, p.context, length - new - 1) for p in part]
+        whole = [_context_ids(tokenizer, p.context) for p in part]
+        ids = [tokens[-(length - new - 1) :] for tokens in whole]
+        scanners = [] if at_start is None else [at_start.copy() for _ in part]
+        for own, tokens, kept in zip(scanners, whole, ids, strict=False):
+            own.scan(tokens[: len(tokens) - len(kept)])
         healed, first_tokens = zip(*(heal(tokenizer, i) for i in ids), strict=True)
         rows = complete(
             model.graph,
@@ -124,6 +130,7 @@ def sample_bodies(model: LoadedModel, prompts: list[FunctionPrompt], batch_size:
             sampling=SAMPLING,
             seed=first,
             first_tokens=first_tokens,
+            scanners=scanners,
         )
         for prompt, before, row in zip(part, ids, rows, strict=True):
             text = tokenizer.decode(row)[len(tokenizer.decode(before[-1:])) :]
@@ -131,8 +138,8 @@ def sample_bodies(model: LoadedModel, prompts: list[FunctionPrompt], batch_size:
     return bodies
 
 
-def _context_ids(tokenizer: Any, context: str, room: int) -> list[int]:
-    return [tokenizer.end_id, *tokenizer.encode(context).tolist()][-room:]
+def _context_ids(tokenizer: Any, context: str) -> list[int]:
+    return [tokenizer.end_id, *tokenizer.encode(context).tolist()]
 
 
 def _parse_figures(
@@ -145,7 +152,7 @@ def _parse_figures(
     rng = np.random.default_rng(0)
 
     def ngram_body(prompt: FunctionPrompt) -> str:
-        ids = _context_ids(tokenizer, prompt.context, 16)
+        ids = _context_ids(tokenizer, prompt.context)[-16:]
         last = tokenizer.decode(ids[-1:])
         healed, first = heal(tokenizer, ids)
         p = ngram.distribution(np.array(healed)) * first

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from dsjax.config import UserError
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.infer.decoding import decode
 from dsjax.infer.detokenize import Detokenizer
 from dsjax.infer.engine import lanes_of, placed
 from dsjax.infer.pages import Layout, Prefix, Prefixes, Tables, account, moves
 from dsjax.infer.programs import make_programs
-from dsjax.infer.requests import Completion, Counts, Decoded, Event, Request, Running, collected
-from dsjax.infer.sampling import RowSampling, SamplingConfig
+from dsjax.infer.requests import Completion, Counts, Event, Request, Running, collected
 from dsjax.infer.speculation import Behind, behind_shardings, num_drafting, num_kept
 from dsjax.infer.written_out import is_better, written_out
 from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
@@ -83,6 +83,7 @@ class Engine:
         self.mesh, self.rules, self.params = there.mesh, there.rules, there.place(params)
         if is_better(self.mesh):
             graph, self.params = written_out(graph, self.params, self.mesh)
+        self.graph = graph
         self.parts = tuple(math.prod(self.mesh.shape[a] for a in axes) for axes in (self.rules.batch, self.rules.slots))
         if page_size is None:  # a CPU reads small pages as fast, and less of them is unused
             page_size = 16 if self.mesh.devices.flat[0].platform == "cpu" else PAGE_SIZE
@@ -104,7 +105,7 @@ class Engine:
         for index, group in enumerate([*model.cfg.groups, *[model.cfg.groups[-1]] * self.num_drafting]):
             kept, _ = group.attention.cache_size(slots)
             columns = -(-kept // (page_size * self.parts[1]))  # of one device
-            masks = tuple(part for mask in group.attention.masks() for part in parts_of(mask))
+            masks = tuple(dict.fromkeys(part for mask in group.attention.masks() for part in parts_of(mask)))
             again = self.num_kept if index >= len(model.cfg.groups) else 0
             layouts.append(Layout(masks, page_size, columns * self.parts[1], self.parts[1], again))
             pools.append(math.ceil(num_positions / self.max_length / self.parts[0] * columns))
@@ -125,9 +126,10 @@ class Engine:
         """Takes a request; its number.
 
         Raises:
-            UserError: the prompt is empty, or leaves no room for a token; it asks for what the engine was not made for.
+            UserError: the prompt is empty, or leaves no room for a token; it asks for what the engine was not made for;
+                its grammar does not take the prompt.
         """
-        request.check(self.max_length, self.top_log_probs, self.tokenizer is not None)
+        request.check(self.max_length, self.top_log_probs, self.tokenizer is not None, self.draft)
         limit = min(len(request.prompt) + request.max_tokens, self.max_length)
         end_ids = self.end_ids if request.end_ids is None else frozenset(request.end_ids)
         self._number += 1
@@ -135,8 +137,8 @@ class Engine:
             text = None
             if self.tokenizer is not None:
                 text = Detokenizer(self.tokenizer, request.stop, before=request.prompt, healed=request.healed)
-            tokens = list(request.prompt)
-            self.waiting.append(Running(self._number, sample, request, tokens, limit, end_ids, text))
+            tokens, within = list(request.prompt), request.constraint(end_ids)
+            self.waiting.append(Running(self._number, sample, request, tokens, limit, end_ids, text, within))
         return self._number
 
     def cancel(self, number: int) -> list[Event]:
@@ -205,7 +207,7 @@ class Engine:
         for width in self._widths():
             for rows in sorted({1, self._rows_beside(width)}):
                 self._extend({}, width, rows)
-        self._run_decode([], 0)
+        decode(self, [], 0)
         state = self.programs.state(self.cache, 0)
         for taken in (None, state):
             tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
@@ -327,7 +329,7 @@ class Engine:
         self.tables.clear(row)
         self.rows[row], self.lengths_B[row] = None, 0
 
-    def _current(self) -> Cache:
+    def current(self) -> Cache:
         """The cache with the tables and lengths that the host knows."""
         put, rules = functools.partial(host_array_to_global, mesh=self.mesh), self.rules
         groups = tuple(
@@ -396,7 +398,7 @@ class Engine:
                 tokens_RT[i, : len(new)], known_R[i], rows_R[i] = new, len(new), row
         put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch"))
         given = map(put, (tokens_RT, real_R, known_R, rows_R))
-        self.behind, self.cache = self.programs.extend(self.params, *given, self.behind, self._current())
+        self.behind, self.cache = self.programs.extend(self.params, *given, self.behind, self.current())
 
     def _remember(self, r: Running, start: int) -> None:
         """Keeps the prefixes that the positions from ``start`` on completed, if there is room."""
@@ -448,37 +450,16 @@ class Engine:
         at_once = self.steps if self.pause is None else int(self.pause / self._seconds)
         events, steps = [], 1 if soon else max(1, min(at_once, self.steps, left))
         begin = time.perf_counter()
-        found, taken = self._run_decode(active, steps)
+        found, taken = decode(self, active, steps)
         self._seconds = min(self._seconds, (time.perf_counter() - begin) / taken)  # the first may have been compiled
         for r, decoded in zip(active, found, strict=True):
             events.append(event := r.add(decoded, self.draft))
             self.counts.drafts += event.drafts
             if event.ended:
                 self._vacate(r.row)
+            elif r.constraint is not None and r.constraint.no_end:
+                self._preempt(r)  # its cache holds an end that was refused
         return events
-
-    def _run_decode(self, active: list[Running], steps: int) -> tuple[list[Decoded], int]:
-        """What each got, and in how many steps."""
-        B = len(self.rows)
-        left_B, known_B, index_B, seeds_B = *(np.zeros(B, np.int32) for _ in range(3)), np.zeros(B, np.uint32)
-        configs = [SamplingConfig(temperature=0.0)] * B
-        for r in active:
-            left_B[r.row], known_B[r.row] = r.limit - len(r.tokens), min(r.filled - r.begun, self.num_kept)
-            seeds_B[r.row], index_B[r.row], configs[r.row] = r.seed, r.num_new, r.request.sampling
-        put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch"))
-        rows = jax.tree.map(put, (left_B, known_B, seeds_B, index_B, RowSampling.of(configs)))
-        made, self.behind, self.cache = self.programs.decode(
-            self.params, self.behind, self._current(), *rows, np.int32(steps), width=self.steps * (1 + self.draft),
-            num_top=self.top_log_probs,
-        )  # fmt: skip
-        tokens, count_B, taken = jax.tree.map(np.asarray, made)
-        by_row = []
-        for r in active:
-            all_of_it = jax.tree.map(lambda x, row=r.row: x[row, : count_B[row]].tolist(), tokens)
-            best = zip(all_of_it.top_BTX, all_of_it.top_log_prob_BTX, strict=True)
-            top = [list(zip(*pair, strict=True)) for pair in best]
-            by_row.append(Decoded(all_of_it.token_BT, all_of_it.log_prob_BT, top, all_of_it.drafted_BT))
-        return by_row, int(taken)
 
     def _make_room(self) -> None:
         """Pages for what is decoded next, if need be from the requests that came last."""
@@ -488,8 +469,11 @@ class Engine:
                 sharing = [other for other in self.running() if self._part(other.row) == self._part(r.row)]
                 if sharing == [r]:
                     raise self._too_long(r)
-                last = sharing[-1]
-                self._vacate(last.row)
-                last.row, last.filled, last.keys_of_part = -1, 0, {}
-                self.waiting.appendleft(last)
-                self.counts.preempted += 1
+                self._preempt(sharing[-1])
+
+    def _preempt(self, r: Running) -> None:
+        """Takes the row of a request, which is computed again later."""
+        self._vacate(r.row)
+        r.row, r.filled, r.keys_of_part = -1, 0, {}
+        self.waiting.appendleft(r)
+        self.counts.preempted += 1

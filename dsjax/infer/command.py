@@ -16,6 +16,7 @@ from dsjax.data.chat import ChatTemplate
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.batching import Engine
 from dsjax.infer.engine import heal
+from dsjax.infer.grammar import PythonGrammar
 from dsjax.infer.requests import Completion, Drafts, Event, Request, collected
 from dsjax.infer.sampling import SamplingConfig
 
@@ -60,6 +61,7 @@ class Options:
     json: bool = False
     quiet: bool = False
     draft: int = 0
+    grammar: str = ""
 
     def check(self) -> None:
         """Raises UserError: a value is out of range, or does not go with another."""
@@ -72,6 +74,8 @@ class Options:
                 raise UserError(f"--{name} is {value}; it must be at least 1")
         if self.draft < 0:
             raise UserError(f"--draft is {self.draft}; it must be at least 0")
+        if self.draft and self.grammar:
+            raise UserError("--draft does not go with --grammar")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}; it must be at least 0 and below 2**32")
         if "" in self.stop:
@@ -122,16 +126,17 @@ def request_of(model: Loaded, options: Options) -> tuple[Request, str]:
     """What the engine is asked for, and what is printed in front of each continuation.
 
     Raises:
-        UserError: the model has no tokenizer, or no chat template.
+        UserError: the model has no tokenizer, no chat template, or a tokenizer that no grammar can be used with.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise UserError("the model's folder has no tokenizer.json: there is no text without one")
-    shown, first, healed = options.prompt, None, None
+    shown, first, healed, program = options.prompt, None, None, 0
     if options.chat:
         messages = [{"role": "system", "content": options.system}] if options.system else []
         messages.append({"role": "user", "content": options.prompt})
         ids, shown = template_of(model).encode(tokenizer, messages), ""
+        program = len(ids)  # the answer is a program, not the question
     else:
         ids = [*tokenizer.begin_ids, *tokenizer.encode(options.prompt).tolist()]
         if options.heal:
@@ -139,9 +144,11 @@ def request_of(model: Loaded, options: Options) -> tuple[Request, str]:
             ids, first = heal(tokenizer, whole)
             healed = whole[-1] if len(ids) < len(whole) else None
     sampling, samples, seed = options.sampling, options.n, options.seed
+    grammar = PythonGrammar(tokenizer) if options.grammar else None
     return Request(
-        ids, options.max_tokens, sampling, seed, samples, stop=options.stop, first_tokens=first, healed=healed
-    ), shown
+        ids, options.max_tokens, sampling, seed, samples, stop=options.stop, first_tokens=first, healed=healed,
+        grammar=grammar, program=program,
+    ), shown  # fmt: skip
 
 
 def template_of(model: Loaded) -> ChatTemplate:

@@ -16,10 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import UserError
+from dsjax.data.structure.scanner import Scanner
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.sampling import SamplingConfig, sample
 from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
+from dsjax.nn.fields import NUM_FIELDS
 from dsjax.nn.masks import Documents
+from dsjax.nn.structure import Scopes
 from dsjax.sharding import (
     INFERENCE,
     MeshConfig,
@@ -60,11 +63,13 @@ class Generator:
     """The pure functions of inference on one mesh, for one batch size, and where weights and cache live.
 
     Attributes:
-        prefill: (params, tokens_BT, ids_BT) -> (logits_BV behind each row's last real token, cache that holds the
-            prompts). Rows end in padding (id 0).
-        decode_step: (params, token_B, cache) -> (logits_BV, cache); the given cache is donated.
+        prefill: (params, tokens_BT, ids_BT, features_BTC=None) -> (logits_BV behind each row's last real token, cache
+            that holds the prompts). Rows end in padding (id 0).
+        decode_step: (params, token_B, cache, features_BC=None) -> (logits_BV, cache); the given cache is donated.
+            Features are those of the tokens, of a model with ``structure``.
         decode: (params, logits_BV, cache, key, sampling=, steps=) -> (tokens_BS, logits_BV behind the last, cache):
-            ``steps`` times a token sampled, and ``decode_step``; the given cache is donated.
+            ``steps`` times a token sampled, and ``decode_step``; the given cache is donated. Not of a model with
+            ``structure``.
         placed: where the model lies.
         cache_shapes: the abstract cache with shardings.
     """
@@ -98,15 +103,22 @@ class Generator:
         """An array whose first dimension is the batch, on the devices."""
         return host_array_to_global(x, self.mesh, self.rules.spec("batch"))
 
-    def prefill_shapes(self, length: int) -> tuple[Any, Any, Any]:
+    def prefill_shapes(self, length: int) -> tuple[Any, ...]:
         """The abstract arguments of ``prefill`` for rows of ``length`` positions."""
         lengths_B = self.cache_shapes.lengths_B
         rows = jax.ShapeDtypeStruct((*lengths_B.shape, length), jnp.int32, sharding=lengths_B.sharding)
-        return self.shapes, rows, rows
+        return self.shapes, rows, rows, *self._features((*rows.shape, NUM_FIELDS))
 
-    def decode_shapes(self) -> tuple[Any, Any, Cache]:
+    def decode_shapes(self) -> tuple[Any, ...]:
         """The abstract arguments of ``decode_step``."""
-        return self.shapes, self.cache_shapes.lengths_B, self.cache_shapes
+        lengths_B = self.cache_shapes.lengths_B
+        return self.shapes, lengths_B, self.cache_shapes, *self._features((*lengths_B.shape, NUM_FIELDS))
+
+    def _features(self, shape: tuple[int, ...]) -> list[Any]:
+        """Those of some tokens, of a model that is told them."""
+        if self.placed.model.cfg.structure is None:
+            return []
+        return [jax.ShapeDtypeStruct(shape, jnp.int16, sharding=self.cache_shapes.lengths_B.sharding)]
 
 
 def make_generator(
@@ -162,12 +174,13 @@ def _generator(graph, variables, mesh, batch_size, slots, dtype=None, rules=INFE
     there = placed(graph, variables, mesh, batch_size, dtype, rules)
     model, mesh, rules, dtype = there.model, there.mesh, there.rules, there.dtype
     layout, num_groups = page_layout(mesh, rules, slots), len(model.cfg.groups)
+    cache = jax.eval_shape(lambda: model.empty_cache(batch_size, slots, dtype, **layout))
     cache_shapes = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        jax.eval_shape(lambda: model.empty_cache(batch_size, slots, dtype, **layout)),
-        cache_shardings(num_groups, mesh, rules),
+        cache,
+        cache_shardings(num_groups, mesh, rules, cache.scopes),
     )
-    programs = _programs(graph, mesh, rules, slots, dtype, num_groups)
+    programs = _programs(graph, mesh, rules, slots, dtype, num_groups, model.cfg.scoped)
     return Generator(*programs, placed=there, cache_shapes=cache_shapes)
 
 
@@ -194,27 +207,32 @@ def used_dtype(axes: tuple[str, ...], dtype: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)  # a jitted function holds its programs: who asks again compiles nothing
-def _programs(graph: Any, mesh: Mesh, rules: Rules, slots: int, dtype: Any, num_groups: int) -> tuple[Any, Any, Any]:
+def _programs(
+    graph: Any, mesh: Mesh, rules: Rules, slots: int, dtype: Any, num_groups: int, scoped: bool
+) -> tuple[Any, Any, Any]:
     """Prefill, decode step and decode, jitted."""
 
-    def prefill(params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"]) -> tuple[Any, Cache]:
+    def prefill(
+        params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"], features_BTC: Any = None
+    ) -> tuple[Any, Cache]:
         B, T = tokens_BT.shape
         over = math.prod(mesh.shape[axis] for axis in rules.length)
         with use_mesh(mesh, rules if T % over == 0 else dataclasses.replace(rules, length=())):
             model = nnx.merge(graph, params)
             documents = Documents(ids_BT, jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
             empty = model.empty_cache(B, slots, dtype, **page_layout(mesh, rules, slots))
-            out = model(tokens_BT, documents, cache=empty, cache_is_empty=True)
+            out = model(tokens_BT, documents, features_BTC=features_BTC, cache=empty, cache_is_empty=True)
             last_B = out.cache.lengths_B - 1
             last = jax.tree.map(lambda x: x[jnp.arange(len(x)), last_B][:, None], (out.hidden_BTD, out.copy))
         with use_mesh(mesh, dataclasses.replace(rules, length=())):
             logits_B1V = model.logits(dataclasses.replace(out, hidden_BTD=last[0], copy=last[1]))
         return logits_B1V[:, 0], out.cache
 
-    def decode_step(params: Any, token_B: Int[Array, " B"], cache: Cache) -> tuple[Any, Cache]:
+    def decode_step(params: Any, token_B: Int[Array, " B"], cache: Cache, features_BC: Any = None) -> tuple[Any, Cache]:
         with use_mesh(mesh, dataclasses.replace(rules, length=())):  # one position can not be cut
             model = nnx.merge(graph, params)
-            out = model(token_B[:, None], cache=cache)
+            features_B1C = None if features_BC is None else features_BC[:, None]
+            out = model(token_B[:, None], features_BTC=features_B1C, cache=cache)
             return model.logits(out)[:, 0], out.cache
 
     def decode(
@@ -228,7 +246,8 @@ def _programs(graph: Any, mesh: Mesh, rules: Rules, slots: int, dtype: Any, num_
         (logits_BV, cache), tokens_SB = jax.lax.scan(one, (logits_BV, cache), jax.random.split(key, steps))
         return tokens_SB.T, logits_BV, cache
 
-    logits, cache = NamedSharding(mesh, rules.spec("batch", "vocab")), cache_shardings(num_groups, mesh, rules)
+    logits = NamedSharding(mesh, rules.spec("batch", "vocab"))
+    cache = cache_shardings(num_groups, mesh, rules, Scopes(0, 0) if scoped else None)
     return (
         jax.jit(prefill, out_shardings=(logits, cache)),
         jax.jit(decode_step, donate_argnames="cache", out_shardings=(logits, cache)),
@@ -239,6 +258,9 @@ def _programs(graph: Any, mesh: Mesh, rules: Rules, slots: int, dtype: Any, num_
             out_shardings=(replicated(mesh), logits, cache),  # every process reads the tokens
         ),
     )
+
+
+_sample = jax.jit(sample, static_argnums=2)
 
 
 def generate(
@@ -255,6 +277,7 @@ def generate(
     steps: int = 16,
     first_tokens: Sequence[np.ndarray] | None = None,
     mesh: Mesh | None = None,
+    scanners: Sequence[Scanner] = (),
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, yielding (B, n) new tokens at a time until all rows have ended.
 
@@ -272,6 +295,8 @@ def generate(
         steps: tokens decoded between two yields.
         first_tokens: for each prompt a mask of the V tokens that may come first (see :func:`heal`).
         mesh: devices; None: the first one of this process.
+        scanners: of a model with ``structure``, one for each prompt, where that begins. It is told the features of each
+            token as it comes, so that all yields are of one token.
 
     Raises:
         UserError: a prompt is empty or leaves no room; the number of prompts does not divide over the mesh.
@@ -284,14 +309,12 @@ def generate(
     max_tokens = min(max_tokens, max_length - longest)
     width = min(-(-longest // 32) * 32, max_length)  # few distinct shapes, few compilations
     slots = -(-(width + max_tokens + steps) // 64) * 64
-    tokens_BT = np.full((len(prompts), width), end_id, np.int32)
-    ids_BT = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)], ids_BT[row, : len(prompt)] = prompt, 1
+    scanners = [scanner.copy() for scanner in scanners]
+    rows = _rows(prompts, width, end_id, scanners)
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
     generator = _generator(graph, params, mesh, len(prompts), slots)
     params = generator.place(params)
-    logits_BV, cache = generator.prefill(params, *map(generator.place_rows, (tokens_BT, ids_BT)))
+    logits_BV, cache = generator.prefill(params, *map(generator.place_rows, rows))
     if first_tokens is not None:
         allowed_BV = np.stack(first_tokens)
         allowed_BV = np.pad(allowed_BV, ((0, 0), (0, logits_BV.shape[1] - allowed_BV.shape[1])))
@@ -300,8 +323,15 @@ def generate(
     ending = [end_id] if end_ids is None else list(end_ids)
     while left > 0 and not ended_B.all():
         key, now = jax.random.split(key)
-        new_BS, logits_BV, cache = generator.decode(params, logits_BV, cache, now, sampling=sampling, steps=steps)
-        new_BS = np.asarray(new_BS)[:, :left].copy()
+        if scanners:
+            token_B = np.array(_sample(logits_BV, now, sampling))
+            features_BC = np.stack([own.feed(int(token)) for own, token in zip(scanners, token_B, strict=True)])
+            placed_B, placed_BC = map(generator.place_rows, (token_B, features_BC))
+            logits_BV, cache = generator.decode_step(params, placed_B, cache, placed_BC)
+            new_BS = token_B[:, None].copy()  # what is placed may be this very array
+        else:
+            new_BS, logits_BV, cache = generator.decode(params, logits_BV, cache, now, sampling=sampling, steps=steps)
+            new_BS = np.asarray(new_BS)[:, :left].copy()
         for row, tokens in enumerate(new_BS):
             ends = np.flatnonzero(np.isin(tokens, ending))
             if ended_B[row]:
@@ -311,6 +341,19 @@ def generate(
                 ended_B[row] = True
         left -= new_BS.shape[1]
         yield new_BS
+
+
+def _rows(prompts: Sequence[Sequence[int]], width: int, end_id: int, scanners: Sequence[Scanner]) -> list[np.ndarray]:
+    """Tokens and document ids of prompts, and their features if there are scanners, which go on behind them."""
+    tokens_BT, ids_BT = (np.full((len(prompts), width), fill, np.int32) for fill in (end_id, 0))
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)], ids_BT[row, : len(prompt)] = prompt, 1
+    if not scanners:
+        return [tokens_BT, ids_BT]
+    features_BTC = np.zeros((len(prompts), width, NUM_FIELDS), np.int16)
+    for row, (own, prompt) in enumerate(zip(scanners, prompts, strict=True)):
+        features_BTC[row, : len(prompt)] = own.scan(prompt)
+    return [tokens_BT, ids_BT, features_BTC]
 
 
 def heal(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[list[int], np.ndarray]:

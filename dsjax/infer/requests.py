@@ -10,6 +10,7 @@ import numpy as np
 
 from dsjax.config import UserError
 from dsjax.infer.detokenize import Detokenizer, check_stop
+from dsjax.infer.grammar import Constraint, PythonGrammar
 from dsjax.infer.sampling import SamplingConfig
 
 Finish = Literal["end", "stop", "length", "cancelled"]
@@ -30,6 +31,9 @@ class Request:
         first_tokens: a mask of the V tokens that may come first (see :func:`dsjax.infer.engine.heal`).
         healed: the token in whose place the first one comes: its text is not new.
         top_log_probs: how many of the likeliest tokens to tell at each place, up to the engine's.
+        grammar: what the text must stay within; it ends as a whole program. None: nothing. Probabilities that are told
+            are the model's own, whatever may come.
+        program: where in the prompt the program begins: the number of tokens in front of it.
     """
 
     prompt: Sequence[int]
@@ -42,8 +46,10 @@ class Request:
     first_tokens: np.ndarray | None = None
     healed: int | None = None
     top_log_probs: int = 0
+    grammar: PythonGrammar | None = None
+    program: int = 0
 
-    def check(self, max_length: int, top_log_probs: int, has_tokenizer: bool) -> None:
+    def check(self, max_length: int, top_log_probs: int, has_tokenizer: bool, draft: int = 0) -> None:
         """Raises UserError: the prompt is empty, or leaves no room for a token; the engine was not made for it."""
         length = len(self.prompt)
         if length == 0:
@@ -56,7 +62,22 @@ class Request:
             raise UserError(f"top_log_probs is {self.top_log_probs}; the engine was made for {top_log_probs}")
         if self.stop and not has_tokenizer:
             raise UserError("a request has stop strings; they need an engine that has a tokenizer")
+        if self.grammar is not None and draft:
+            raise UserError(f"draft is {draft}; a request with a grammar needs an engine that drafts no tokens")
         check_stop(self.stop)
+
+    def constraint(self, end_ids: Collection[int]) -> Constraint | None:
+        """What its grammar allows; None: anything.
+
+        Raises:
+            UserError: the prompt is not the beginning of a program.
+        """
+        if self.grammar is None:
+            return None
+        found = self.grammar.begin(self.prompt[self.program :], sorted(end_ids))
+        if self.first_tokens is not None and not (self.first_tokens & found.mask(len(self.first_tokens))).any():
+            raise UserError("none of the tokens that may come first is in the grammar")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +152,7 @@ class Running:
     limit: int
     end_ids: frozenset[int]
     text: Detokenizer | None
+    constraint: Constraint | None = None
     row: int = -1
     filled: int = 0
     begun: int = 0

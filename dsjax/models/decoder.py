@@ -19,17 +19,19 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.models.multi_token import MULTI_TOKEN, MultiTokenConfig, MultiTokenModule, shifted
+from dsjax.models.output import DecoderOutput
 from dsjax.models.stack import REMAT, Block, kept, scanned, unrolled
 from dsjax.nn.attention import AttentionConfig
-from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, append, empty_group, written
-from dsjax.nn.history import Copy, CopyConfig, CopyHead, History, NgramConfig, NgramEmbedding, longest_match
+from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, empty_group, written
+from dsjax.nn.history import CopyConfig, CopyHead, NgramConfig, NgramEmbedding, history_of, longest_match
 from dsjax.nn.latent_attention import LatentAttentionConfig, indexer_loss
-from dsjax.nn.masks import Documents, Leaf
+from dsjax.nn.masks import Documents
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import DynamicCapacity, MoE, MoEConfig
 from dsjax.nn.norm import RMSNorm
 from dsjax.nn.rope import rope_angles
 from dsjax.nn.router import RouterStats, RouterSums
+from dsjax.nn.structure import Scopes, Structure, StructureConfig, with_new_scopes
 from dsjax.sharding import param, shard, stack_layers
 
 
@@ -56,6 +58,7 @@ class DecoderConfig:
         ngram: hashed n-gram embeddings at the input, or none.
         copy: the continuation of the longest match, at input and output, or none.
         multi_token: modules that predict further tokens, or none.
+        structure: what it is given of the syntax around its tokens, or none.
     """
 
     vocab_size: PositiveInt = 4096
@@ -67,6 +70,7 @@ class DecoderConfig:
     ngram: NgramConfig | None = None
     copy: CopyConfig | None = None
     multi_token: MultiTokenConfig | None = None
+    structure: StructureConfig | None = None
 
     def validate(self) -> None:
         if not self.groups:
@@ -81,6 +85,14 @@ class DecoderConfig:
             raise UserError(f"num_layers is {self.num_layers}; its groups have {fixed}")
         if len(self._dynamic_capacities()) > 1:
             raise UserError("groups differ in their dynamic ffn.capacity; one controller chooses for all layers")
+        if self.scoped and (self.structure is None or self.multi_token is not None):
+            missing = "it needs structure" if self.structure is None else "it does not go with multi_token"
+            raise UserError(f"groups: a group has attention.scope_heads; {missing}")
+
+    @property
+    def scoped(self) -> bool:
+        """Whether there are heads that see only what is still open."""
+        return any(isinstance(g.attention, AttentionConfig) and g.attention.scope_heads for g in self.groups)
 
     def experts(self) -> dict[str, MoEConfig]:
         """The layer groups of experts, by name."""
@@ -108,6 +120,8 @@ class DecoderConfig:
             total += self.ngram.num_params(D)
         if self.copy is not None:
             total += self.copy.num_params(V, D)
+        if self.structure is not None:
+            total += self.structure.num_params(D)
         if self.multi_token is not None and not active:
             last = self.groups[-1]
             block = last.attention.num_params(D) + last.ffn.num_params(D) + 2 * D
@@ -150,6 +164,8 @@ class DecoderConfig:
         weights = self.vocab_size * D
         if self.ngram is not None:
             weights += len(self.ngram.sizes) * self.ngram.d_table * D
+        if self.structure is not None:
+            weights += self.structure.num_matmul_params(D)
         for group, num_layers in self.sized_groups():
             weights += num_layers * (group.attention.num_matmul_params(D) + group.ffn.num_active_params(D))
         return weights
@@ -200,31 +216,6 @@ class ComputeConfig:
     loss_chunk: NonNegativeInt = 0
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecoderOutput:
-    """Hidden states after the final norm, the cache behind them, and what the layers report.
-
-    Attributes:
-        hidden_BTD: input of the output matrix.
-        cache: advanced by T positions; None without one.
-        router: RouterStats of each group of experts, by group name, stacked over its layers.
-        losses: auxiliary losses by name, already weighted.
-        copy: a bonus on one logit of each position, or none.
-    """
-
-    hidden_BTD: Leaf
-    cache: Cache | None
-    router: dict[str, RouterStats]
-    losses: dict[str, Leaf]
-    copy: Copy | None
-
-    @property
-    def loads(self) -> dict[str, Int[Array, "L E"]]:
-        """By group of experts: the (token, expert) pairs that each expert of each layer received."""
-        return {name: stats.load_E for name, stats in self.router.items()}
-
-
 class Decoder(nnx.Module):
     """Embedding, layer groups, final norm; logits apart, since a loss wants them in chunks."""
 
@@ -237,6 +228,8 @@ class Decoder(nnx.Module):
             self.ngram = NgramEmbedding(cfg.ngram, D, rngs=rngs)
         if cfg.copy is not None:
             self.copy = CopyHead(cfg.copy, V, D, rngs=rngs)
+        if cfg.structure is not None:
+            self.structure = Structure(cfg.structure, D, rngs=rngs)
         sizes: dict[str, Any] = {"d_model": D, "num_layers": cfg.num_layers, "norm_eps": cfg.norm_eps}
         for index, (group, num_layers) in enumerate(cfg.sized_groups()):
             make = lambda rngs, group=group: Block(group.attention, group.ffn, **sizes, rngs=rngs)  # noqa: E731
@@ -254,16 +247,20 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         documents: Documents | None = None,
         *,
+        features_BTC: Int[Array, "B T C"] | None = None,
         cache: Cache | None = None,
         cache_is_empty: bool = False,
     ) -> DecoderOutput:
         """Hidden states of ``tokens_BT``: whole rows, or the T positions that follow what ``cache`` holds.
 
         With a cache, padding (document id 0) must stand at the end of a row; it is not counted in the lengths. Who
-        knows that the cache holds nothing says so: then attention goes block by block, as in training.
+        knows that the cache holds nothing says so: then attention goes block by block, as in training. ``features_BTC``
+        are those of the tokens (:mod:`dsjax.nn.fields`), of a model with ``structure``.
         """
+        if (self.cfg.structure is None) != (features_BTC is None):
+            raise UserError("a model with structure is run with the features of its tokens, and no other is")
         documents = Documents.single(tokens_BT) if documents is None else documents
-        history, cache = _history(tokens_BT, documents, cache)
+        history, cache = history_of(tokens_BT, documents, cache)
         # One table for all groups that have the same.
         table = functools.cache(functools.partial(rope_angles, history.positions_BT))
         with jax.named_scope("embed"):
@@ -273,6 +270,9 @@ class Decoder(nnx.Module):
             if self.cfg.copy is not None:
                 match = longest_match(history, self.cfg.copy.max_match)
                 x_BTD = x_BTD + self.copy.embed(*match)
+            if features_BTC is not None:
+                x_BTD = x_BTD + self.structure(features_BTC, history, self.embedding[...], self.compute.dtype)
+                documents, cache = self._with_scopes(documents, features_BTC, cache)
             x_BTD = shard(x_BTD.astype(self.compute.dtype), "batch", "length", None)
 
         caches, router = [], {}
@@ -291,13 +291,23 @@ class Decoder(nnx.Module):
         if cache is not None:
             new_B = jnp.sum(documents.ids_BT > 0, axis=1, dtype=jnp.int32)
             of_modules = cache.groups[len(caches) :]
-            cache = Cache((*caches, *of_modules), cache.lengths_B + new_B, cache.tokens_BS)
+            cache = Cache((*caches, *of_modules), cache.lengths_B + new_B, cache.tokens_BS, cache.scopes)
         hidden_BTD = self.final_norm(x_BTD)
         copy = self.copy.bonus(hidden_BTD, *match) if self.cfg.copy is not None else None
         losses = self.auxiliary_losses(router)
         if cache is None:
             losses |= indexer_loss([group.attention for group in self.cfg.groups], caches)
         return DecoderOutput(hidden_BTD, cache, router, losses, copy)
+
+    def _with_scopes(self, documents, features_BTC, cache):
+        """How long each position can be seen, for heads that see only what is still open."""
+        if not self.cfg.scoped:
+            return documents, cache
+        before = Scopes.none(*features_BTC.shape[:2]) if cache is None else cache.scopes
+        lengths_B = jnp.zeros(len(features_BTC), jnp.int32) if cache is None else cache.lengths_B
+        scopes = with_new_scopes(before, features_BTC, documents.ids_BT, lengths_B)
+        cache = None if cache is None else dataclasses.replace(cache, scopes=scopes)
+        return dataclasses.replace(documents, closes_BS=scopes.closes_BS), cache
 
     def _run_group(self, index, depths, x_BTD, documents, history, rope, cache, lengths_B):
         graph, state = nnx.split(getattr(self, f"group_{index}"))
@@ -481,17 +491,5 @@ class Decoder(nnx.Module):
             layout: dict[str, Any] = {"page_size": page_size, "parts": parts, "lanes": lanes, "pool": pool}
             sizes = (a.cache_size(slots), (a.num_cached_heads, *a.cached_widths), conv)
             groups.append(empty_group(num_layers, batch, *sizes, dtype, **layout))
-        return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32))
-
-
-def _history(tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | None) -> tuple[History, Cache | None]:
-    """What is known of the tokens at and before the positions at hand; the cache with their tokens written."""
-    steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    if cache is None:
-        slots_BT = jnp.broadcast_to(steps_T, tokens_BT.shape)
-        starts_BS = slots_BT - documents.positions_BT
-        return History(tokens_BT, slots_BT, documents.positions_BT, starts_BS), None
-    tokens_BS = append(cache.tokens_BS, tokens_BT, cache.lengths_B)
-    slots_BT = cache.lengths_B[:, None] + steps_T  # a cached row is one document
-    cache = dataclasses.replace(cache, tokens_BS=tokens_BS)
-    return History(tokens_BS, slots_BT, slots_BT, jnp.zeros_like(tokens_BS)), cache
+        scopes = Scopes.none(batch, slots) if self.cfg.scoped else None
+        return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32), scopes)

@@ -82,9 +82,9 @@ Layer = Callable[[Any, Any], tuple[Any, Any]]  # (x, its part of a stack) -> (x,
 
 def unrolled(layers: Sequence[Layer], x: Any, stacked: Any, num_layers: int, wrap: Any) -> tuple[Any, Any]:
     """``layers`` in turn, ``num_layers`` in all, written out: each has its weights cut from the stack once."""
-    outputs = []
+    outputs, functions = [], [jax.jit(wrap(layer)) for layer in layers]  # so that each is traced once
     for number, weights in enumerate(_unstack(stacked, num_layers)):
-        x, y = wrap(layers[number % len(layers)])(x, weights)
+        x, y = functions[number % len(layers)](x, weights)
         outputs.append(y)
     return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
 

@@ -37,6 +37,8 @@ class AttentionConfig(Visibility):
         window: a query sees this many last positions; none: all of its document.
         conv_taps: positions that a short convolution on the layer's input spans; 0: no convolution.
         segmented: a query sees its own segment and the tails of the earlier ones; none: all of its document.
+        scope_heads: key/value heads, the first ones, in which a query sees only what stands in blocks that are still
+            open, and its own statement (:class:`dsjax.nn.structure.Scopes`); of a model with ``structure``.
     """
 
     num_heads: PositiveInt = 4
@@ -49,6 +51,7 @@ class AttentionConfig(Visibility):
     window: PositiveInt | None = None
     conv_taps: NonNegativeInt = 0
     segmented: Segmented | None = None
+    scope_heads: NonNegativeInt = 0
 
     def validate(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -57,6 +60,10 @@ class AttentionConfig(Visibility):
             raise UserError(f"head_dim is {self.head_dim}; it must be even (rotary pairs)")
         if self.segmented is not None and self.window is not None:
             raise UserError(f"window is {self.window}; it must be none beside segmented, which has its own")
+        if self.scope_heads > self.num_kv_heads:
+            raise UserError(f"scope_heads is {self.scope_heads}; it must be at most num_kv_heads, {self.num_kv_heads}")
+        if self.scope_heads and self.segmented is not None:
+            raise UserError(f"scope_heads is {self.scope_heads}; it must be 0 beside segmented")
 
     def num_params(self, d_model: int) -> int:
         biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
@@ -177,12 +184,22 @@ class Attention(nnx.Module):
                 sums_BJKH = with_new_tails(state.tail_sums_BJKH, k_BTKH, documents.ids_BT, lengths_B, mask)
                 state = dataclasses.replace(state, tail_sums_BJKH=sums_BJKH)
             cache = dataclasses.replace(cache, state=state)
-            out_BTKGH = cached_attention(q_BTKGH, k_BTKH, v_BTKH, cache, lengths_B, mask)
+            closes_BSK = self._closes(documents)
+            out_BTKGH = cached_attention(q_BTKGH, k_BTKH, v_BTKH, cache, lengths_B, mask, closes_BSK=closes_BSK)
             new = Made(to_keep(k_BTKH, cache.pages.k_LMKPH), to_keep(v_BTKH, cache.pages.v_LMKPH), state)
         return project(out_BTKGH, self.w_out[...], num_inputs=3), new
 
     def _whole_rows(self, q_BTKGH, k_BTKH, v_BTKH, documents: Documents, mask: AttentionMask):
-        return row_attention(q_BTKGH, k_BTKH, v_BTKH, documents, mask)
+        closes_BSK = self._closes(documents)  # in front of a cache's first positions: of all its slots
+        closes_BTK = None if closes_BSK is None else closes_BSK[:, : q_BTKGH.shape[1]]
+        return row_attention(q_BTKGH, k_BTKH, v_BTKH, documents, mask, closes_BTK=closes_BTK)
+
+    def _closes(self, documents: Documents) -> Int[Array, "B S K"] | None:
+        """The position from which on each head does not see a key any more; None: all see all."""
+        if not self.cfg.scope_heads:
+            return None
+        is_scope_K = jnp.arange(self.cfg.num_kv_heads) < self.cfg.scope_heads
+        return jnp.where(is_scope_K, documents.closes_BS[..., None], jnp.iinfo(jnp.int32).max)
 
 
 def last_inputs(

@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import PositiveInt, UserError
+from dsjax.nn.cache import Cache, append
 from dsjax.nn.linear import project
-from dsjax.nn.masks import Leaf
+from dsjax.nn.masks import Documents, Leaf
 from dsjax.sharding import param
 
 
@@ -40,6 +41,19 @@ class History:
         """Token ``offset`` places before each position, and whether the document reaches back so far."""
         slot_BT = jnp.maximum(self.slots_BT - offset, 0)
         return jnp.take_along_axis(self.tokens_BS, slot_BT, axis=1), self.positions_BT >= offset
+
+
+def history_of(tokens_BT: Int[Array, "B T"], documents: Documents, cache: Cache | None) -> tuple[History, Cache | None]:
+    """What is known of the tokens at and before the positions at hand; the cache with their tokens written."""
+    steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    if cache is None:
+        slots_BT = jnp.broadcast_to(steps_T, tokens_BT.shape)
+        starts_BS = slots_BT - documents.positions_BT
+        return History(tokens_BT, slots_BT, documents.positions_BT, starts_BS), None
+    tokens_BS = append(cache.tokens_BS, tokens_BT, cache.lengths_B)
+    slots_BT = cache.lengths_B[:, None] + steps_T  # a cached row is one document
+    cache = dataclasses.replace(cache, tokens_BS=tokens_BS)
+    return History(tokens_BS, slots_BT, slots_BT, jnp.zeros_like(tokens_BS)), cache
 
 
 # ---------------------------------------------------------------- hashed n-grams
@@ -144,6 +158,16 @@ def longest_match(history: History, max_match: int) -> tuple[Int[Array, "B T"], 
     found_BT = best_BT >= 0
     next_BT = jnp.take_along_axis(history.tokens_BS, jnp.where(found_BT, best_BT % S + 1, 0), axis=1)
     return jnp.where(found_BT, next_BT, 0), jnp.where(found_BT, best_BT // S, 0)
+
+
+def last_same(history: History) -> Int[Array, "B T"]:
+    """How many places back the token of each position stood last in its document; 0: it did not yet."""
+    slot_S = jnp.arange(history.tokens_BS.shape[1])
+    token_BT, slots_BT1 = history.before(0)[0], history.slots_BT[..., None]
+    earlier = (slot_S >= slots_BT1 - history.positions_BT[..., None]) & (slot_S < slots_BT1)
+    same = earlier & (history.tokens_BS[:, None] == token_BT[..., None])
+    at_BT = jnp.max(jnp.where(same, slot_S, -1), axis=-1)
+    return jnp.where(at_BT >= 0, history.slots_BT - at_BT, 0)
 
 
 @jax.tree_util.register_dataclass

@@ -27,9 +27,11 @@ from dsjax.checkpoint import CheckpointConfig, Checkpoints
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError, to_dict
 from dsjax.data.batch import Batch
 from dsjax.data.pipeline import make_batches
-from dsjax.data.prepare import Corpus, DataConfig, prepare
+from dsjax.data.prepare import Corpus, DataConfig
+from dsjax.data.structure.stored import prepared
 from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from dsjax.nn.fields import NUM_FIELDS
 from dsjax.nn.lora import LoraConfig
 from dsjax.nn.masks import Documents
 from dsjax.nn.placement import placed_anew
@@ -154,7 +156,10 @@ def batch_shapes(config: Pretrain, mesh: Any) -> Batch:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     ints = jnp.int32
-    return Batch(array(ints), array(ints), array(jnp.float32), Documents(array(ints), array(ints)))
+    features = None
+    if config.model.structure is not None:
+        features = jax.ShapeDtypeStruct((*shape, NUM_FIELDS), jnp.int16, sharding=place)
+    return Batch(array(ints), array(ints), array(jnp.float32), Documents(array(ints), array(ints)), features)
 
 
 def check(config: Pretrain) -> tuple[Any, Trainer]:
@@ -214,7 +219,7 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
 
     # ---------------------------------------------------------------- data, while the step compiles
     step = InBackground(lambda: compile_step(trainer, batch_shapes(config, mesh)))
-    corpus = prepare(config.data, cache_dir() / "data", progress=say)
+    corpus = prepared(config.data, model.structure, cache_dir() / "data", progress=say)
     report = corpus.report
     say(
         f"data: {report.num_training} documents, {report.training_tokens:,} tokens to train on; "

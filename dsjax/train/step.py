@@ -17,6 +17,7 @@ from dsjax.checkpoint import key_name
 from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
 from dsjax.models.multi_token import MULTI_TOKEN, ahead, shifted
+from dsjax.nn.fields import COLUMN
 from dsjax.nn.latent_attention import only_indexers_learn
 from dsjax.nn.lora import LoraConfig, new_pairs, pair_axes, with_pairs
 from dsjax.nn.losses import cross_entropy
@@ -88,7 +89,7 @@ def next_token_loss(
     While a model's indexers warm up, theirs alone.
     """
     del key
-    out = model(batch.tokens_BT, batch.documents)
+    out = model(batch.tokens_BT, batch.documents, features_BTC=batch.features_BTC)
     nll = cross_entropy(
         out.hidden_BTD,
         model.output_weights(),
@@ -106,6 +107,9 @@ def next_token_loss(
         if stats is not None:
             router[MULTI_TOKEN] = stats
             losses |= {f"multi_token_{k}": x for k, x in model.auxiliary_losses({MULTI_TOKEN: stats}).items()}
+    if model.cfg.structure is not None and model.cfg.structure.next_leaf:
+        metrics["loss/next_leaf"] = _next_leaf_loss(model, out.hidden_BTD, batch) / total_weight
+        loss = loss + metrics["loss/next_leaf"]
     # What is a mean over these rows counts by their share of the whole batch, so that micro-batches add up.
     share = jnp.sum(batch.loss_weight_BT) / total_weight
     for name, value in losses.items():
@@ -125,6 +129,15 @@ def _further_loss(model: Decoder, further: Sequence[jax.Array], batch: Batch) ->
         targets_BT, w_DV = shifted(batch.targets_BT, by), model.output_weights()
         total += cross_entropy(hidden_BTD, w_DV, targets_BT, weight_BT, chunk=model.compute.loss_chunk)
     return total * model.cfg.multi_token.weight / len(further)
+
+
+def _next_leaf_loss(model: Decoder, hidden_BTD: jax.Array, batch: Batch) -> Float[Array, ""]:
+    """The weighted loss of the leaf that the next token ends in, summed over the batch's weight."""
+    assert model.cfg.structure is not None
+    leaf_BT = batch.features_BTC[..., COLUMN["leaf"]].astype(jnp.int32)
+    weight_BT = batch.loss_weight_BT * ahead(batch.documents.ids_BT, 1)  # what a row ends with has no next features
+    w_DC, chunk = model.structure.w_leaf[...], model.compute.loss_chunk
+    return model.cfg.structure.next_leaf * cross_entropy(hidden_BTD, w_DC, shifted(leaf_BT, 1), weight_BT, chunk=chunk)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ def causal_attention(
     window: int | None = None,
     *,
     scale: float | None = None,
+    closes_BTK: Int[Array, "B T K"] | None = None,
     implementation: Literal["reference", "xla"] | None = None,
 ) -> Float[Array, "B T N U"]:
     """softmax(scale q k) v over the keys at or before the query, in its document and ``window``.
@@ -31,8 +32,10 @@ def causal_attention(
         ids_BT: document of each position.
         window: positions that a query sees, itself included; None: all.
         scale: of the scores; None: 1 / sqrt(H).
+        closes_BTK: the position of the row, behind the key's own, from which on a key is not seen any more; None: all
+            are seen to the end.
         implementation: None takes the best one for the backend.
     """
     if implementation == "reference":
-        return causal_attention_reference(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale)
-    return causal_attention_xla(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale)
+        return causal_attention_reference(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, closes_BTK)
+    return causal_attention_xla(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, None, closes_BTK)

@@ -14,6 +14,7 @@ def causal_attention_reference(
     ids_BT: Int[Array, "B T"],
     window: int | None = None,
     scale: float | None = None,
+    closes_BTK: Int[Array, "B T K"] | None = None,
 ) -> Float[Array, "B T N U"]:
     """softmax(scale q k) v over the keys of the query's document at or before it; float32 inside.
 
@@ -28,6 +29,9 @@ def causal_attention_reference(
     sees_BTS = (ids_BT[:, :, None] == ids_BT[:, None, :]) & (s <= t)
     if window is not None:
         sees_BTS &= s > t - window
-    probs_BKGTS = jax.nn.softmax(jnp.where(sees_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
+    sees_BKTS = sees_BTS[:, None]
+    if closes_BTK is not None:
+        sees_BKTS = sees_BKTS & (t < closes_BTK.transpose(0, 2, 1)[:, :, None])
+    probs_BKGTS = jax.nn.softmax(jnp.where(sees_BKTS[:, :, None], scores_BKGTS, -jnp.inf), axis=-1)
     out_BTKGU = jnp.einsum("BKGTS,BSKU->BTKGU", probs_BKGTS, v_BTKU.astype(jnp.float32))
     return out_BTKGU.reshape(B, T, N, -1).astype(q_BTNH.dtype)

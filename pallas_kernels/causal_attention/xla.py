@@ -46,9 +46,10 @@ def causal_attention_xla(
     window: int | None = None,
     scale: float | None = None,
     tiles: Tiles | None = None,
+    closes_BTK: Int[Array, "B T K"] | None = None,
 ) -> Float[Array, "B T N U"]:
     """See :func:`pallas_kernels.causal_attention.causal_attention`; ``tiles``: None, what suits the platform."""
-    return _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, tiles)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, tiles, closes_BTK)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,11 @@ def _heads_last(x_BKGTH: jax.Array) -> jax.Array:
     return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
+def _closes(closes_BTK: jax.Array | None, length: int) -> jax.Array | None:
+    """(B, T, K) -> (B, K, length)."""
+    return None if closes_BTK is None else _pad(closes_BTK, length).transpose(0, 2, 1)
+
+
 def _blocks(x: jax.Array, span: _Span, block: int, axis: int) -> jax.Array:
     """The span's part of an axis, cut into blocks on a new leading axis."""
     x = jax.lax.slice_in_dim(x, span.start, span.end, axis=axis)
@@ -118,7 +124,7 @@ def _scan(one: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
     return carry, jax.tree.map(lambda y: y[None], ys)
 
 
-def _scores(q_BKGtH, k_BKSH, ids_Bt, ids_BS, first_query, first_key, window):
+def _scores(q_BKGtH, k_BKSH, ids_Bt, ids_BS, first_query, first_key, window, closes_BKS=None):
     """Masked scores in base 2 of one block of queries, float32: (B, K, G, t, S)."""
     B, K, G, t, H = q_BKGtH.shape
     scores = jnp.einsum("BKTH,BKSH->BKTS", q_BKGtH.reshape(B, K, G * t, H), k_BKSH)
@@ -128,7 +134,10 @@ def _scores(q_BKGtH, k_BKSH, ids_Bt, ids_BS, first_query, first_key, window):
     sees = (ids_Bt[:, :, None] == ids_BS[:, None, :]) & (query >= key)
     if window is not None:
         sees &= query - key < window
-    return jnp.where(sees[:, None, None], scores, MASKED)
+    if closes_BKS is None:
+        return jnp.where(sees[:, None, None], scores, MASKED)
+    sees_BKtS = sees[:, None] & (query < closes_BKS[:, :, None])
+    return jnp.where(sees_BKtS[:, :, None], scores, MASKED)
 
 
 def _for_platform(f, tiles: Tiles | None, *arguments):
@@ -139,14 +148,14 @@ def _for_platform(f, tiles: Tiles | None, *arguments):
     return jax.lax.platform_dependent(*arguments, **on)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, tiles):
-    arrays = (q_BTNH, k_BTKH, v_BTKU, ids_BT)
+def _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, tiles, closes_BTK):
+    arrays = (q_BTNH, k_BTKH, v_BTKU, ids_BT, closes_BTK)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     out_BTNU, log_BKGT1 = _for_platform(functools.partial(_forward_tiled, window, scale), tiles, *arrays)
     return out_BTNU, (*arrays, out_BTNU, log_BKGT1)
 
 
-def _forward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT):
+def _forward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT, closes_BTK):
     """The output, and the log-sum-exp of each query's scores in base 2."""
     T, K = q_BTNH.shape[1], k_BTKH.shape[2]
     block, padded, spans = _spans(T, window, tiles)
@@ -154,17 +163,18 @@ def _forward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT):
     # The factor turns exp into exp2.
     q = _heads_first(_pad(q_BTNH * jnp.asarray(scale * LOG2_E, q_BTNH.dtype), padded), K)
     k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKU))
-    ids = _pad(ids_BT, padded, value=-1)
+    ids, closes = _pad(ids_BT, padded, value=-1), _closes(closes_BTK, padded)
     outs, logs = [], []
     for span in spans:
         keys = slice(span.first_key, span.end)
         k_span, v_span, ids_span = k[:, :, keys], v[:, :, keys], ids[:, keys]
+        closes_span = None if closes is None else closes[:, :, keys]
 
-        def one(_, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key):
+        def one(_, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key, closes=closes_span):
             q, ids_Bt, first_query = xs
             B, K, G, t, _ = q.shape
             with useful_flops(share):
-                scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window)
+                scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window, closes)
             top = scores.max(axis=-1, keepdims=True)
             p = jnp.exp2(scores - top)
             total = p.sum(axis=-1, keepdims=True)
@@ -183,10 +193,10 @@ def _forward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT):
 
 def _backward(window, scale, tiles, saved, do_BTNU):
     scale = saved[0].shape[-1] ** -0.5 if scale is None else scale
-    return *_for_platform(functools.partial(_backward_tiled, window, scale), tiles, *saved, do_BTNU), None
+    return *_for_platform(functools.partial(_backward_tiled, window, scale), tiles, *saved, do_BTNU), None, None
 
 
-def _backward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT, out_BTNU, log_BKGT1, do_BTNU):
+def _backward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT, closes_BTK, out_BTNU, log_BKGT1, do_BTNU):
     (B, T, _, H), (K, U) = q_BTNH.shape, v_BTKU.shape[2:]
     block, padded, spans = _spans(T, window, tiles)
     share = _useful_share(T, window, tiles)
@@ -196,18 +206,19 @@ def _backward_tiled(window, scale, tiles, q_BTNH, k_BTKH, v_BTKU, ids_BT, out_BT
     along_BTN = jnp.sum(do_BTNU.astype(jnp.float32) * out_BTNU.astype(jnp.float32), axis=-1)
     along = _heads_first(_pad(along_BTN, padded)[..., None], K)
     k, v = (_pad(x, padded).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKU))
-    ids = _pad(ids_BT, padded, value=-1)
+    ids, closes = _pad(ids_BT, padded, value=-1), _closes(closes_BTK, padded)
     dq: list[jax.Array] = []
     sums: tuple[jax.Array, ...] | None = None  # dk and dv, (B, K, H or U, S)
     for span in reversed(spans):  # the last span sees the most keys: its sums are the ones that the others add to
         keys = slice(span.first_key, span.end)
         k_span, v_span, ids_span = k[:, :, keys], v[:, :, keys], ids[:, keys]
+        closes_span = None if closes is None else closes[:, :, keys]
 
-        def one(sums, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key):
+        def one(sums, xs, k=k_span, v=v_span, ids_BS=ids_span, first_key=span.first_key, closes=closes_span):
             q, do, log, along, ids_Bt, first_query = xs
             _, _, G, t, _ = q.shape
             with useful_flops(0):  # the forward pass had them
-                scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window)
+                scores = _scores(q, k, ids_Bt, ids_BS, first_query, first_key, window, closes)
             p = jnp.exp2(scores - log)
             q, do = q.reshape(B, K, G * t, H), do.reshape(B, K, G * t, U)
             with useful_flops(share):

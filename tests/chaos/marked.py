@@ -31,7 +31,7 @@ def marked(place, name, phase):
         return result
     setattr(place, name, outer)
 
-marked(pretrain, "prepare", "data")
+marked(pretrain, "prepared", "data")
 marked(pretrain, "compile_step", "compile")
 marked(checkpoint.Checkpoints, "save", "save")
 marked(checkpoint.Checkpoints, "_commit", "finalise")

