@@ -15,6 +15,7 @@ import pytest
 from dsjax.config import UserError
 from dsjax.data.corpus import Document, Source
 from dsjax.data.dedup import deduplicate
+from dsjax.data.pipeline import PackedRows
 from dsjax.data.prepare import DataConfig, _publish, prepare, split
 
 
@@ -223,3 +224,65 @@ def test_bad_settings_are_one_sentence(cfg, tmp_path, change, said):
         prepare(dataclasses.replace(cfg, **change), tmp_path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_marked_records_train_what_is_not_masked(tmp_path: pathlib.Path) -> None:
+    """Special tokens become one id each, masked ones no targets; the same names in plain text stay text."""
+    lines = []
+    for number in range(12):
+        text = f"<|hole|>question {number} <|hole|> answer {number}"
+        begin = text.index(" answer")
+        lines.append(json.dumps({"text": text, "special": [[0, 8]], "masked": [[0, begin]]}))
+    (tmp_path / "marked.jsonl").write_text("\n".join(lines))
+    (tmp_path / "plain.txt").write_text("nothing to hide here")
+    sources = (Source(str(tmp_path / "marked.jsonl"), marked=True), Source(str(tmp_path / "plain.txt")))
+    cfg = DataConfig(
+        sources=sources[:1], vocab_size=300, special_tokens=("<|hole|>",), seq_len=16, batch_size=2,
+        near_duplicate_threshold=1.0,
+    )  # fmt: skip
+    for _ in range(2):  # made, and read from the cache
+        corpus = prepare(cfg, tmp_path / "cache")
+        (store,) = corpus.stores
+        tokens, weights = np.asarray(store.tokens), np.asarray(store.weights)
+        hole = corpus.tokenizer.special_ids["<|hole|>"]
+        for begin, end in itertools.pairwise(store.offsets):
+            own, learned = tokens[begin:end], weights[begin:end].astype(bool)
+            assert own[0] == hole
+            assert (own == hole).sum() == 1
+            said = corpus.tokenizer.decode(own[learned])
+            assert said.startswith(" answer")
+            assert corpus.tokenizer.decode(own[~learned]).startswith("question")
+    rows = PackedRows(store, seq_len=16, seed=0, end_id=corpus.tokenizer.end_id)
+    learned, targets = 0, 0
+    for row in range(rows.num_rows):
+        fields = rows[row]
+        counted = fields["loss_weight"] > 0
+        learned += int(counted.sum())
+        targets += int((fields["targets"][counted] == corpus.tokenizer.end_id).sum())
+        assert not (counted & (fields["targets"] == hole)).any()
+    # Every token that is not masked, and the boundary behind each document, once.
+    assert learned == int(weights.sum()) + len(store.offsets) - 1
+    assert targets == len(store.offsets) - 1
+
+
+def test_damaged_weights_are_made_again(tmp_path: pathlib.Path) -> None:
+    lines = [json.dumps({"text": f"ask {n} tell {n}", "masked": [[0, 5]]}) for n in range(6)]
+    (tmp_path / "marked.jsonl").write_text("\n".join(lines))
+    cfg = DataConfig(
+        sources=(Source(str(tmp_path / "marked.jsonl"), marked=True),), vocab_size=300, seq_len=16,
+        near_duplicate_threshold=1.0,
+    )  # fmt: skip
+    first = np.asarray(prepare(cfg, tmp_path / "cache").stores[0].weights)
+    (entry,) = (p for p in (tmp_path / "cache").iterdir() if not p.name.startswith("."))
+    damaged = bytearray((entry / "weights_0").read_bytes())
+    damaged[3] ^= 1
+    (entry / "weights_0").write_bytes(damaged)
+    np.testing.assert_array_equal(np.asarray(prepare(cfg, tmp_path / "cache").stores[0].weights), first)
+
+
+def test_a_special_token_that_the_tokenizer_lacks_is_named(tmp_path: pathlib.Path) -> None:
+    lines = [json.dumps({"text": f"<|fim_hole|> {n}", "special": [[0, 12]]}) for n in range(6)]
+    (tmp_path / "marked.jsonl").write_text("\n".join(lines))
+    cfg = DataConfig(sources=(Source(str(tmp_path / "marked.jsonl"), marked=True),), vocab_size=300)
+    with pytest.raises(UserError, match=r"no special token '<\|fim_hole\|>': put it into data.special_tokens"):
+        prepare(cfg, tmp_path / "cache")

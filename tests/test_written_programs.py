@@ -13,16 +13,18 @@ from dsjax.cli import main
 from dsjax.config import UserError
 from dsjax.evals import written_programs
 from dsjax.evals.written_programs import (
+    Asked,
     WrittenPrograms,
     cut_program,
     docstring,
     evaluate_programs,
+    figures,
     problems_of,
     program_of,
     whole,
 )
 from dsjax.rl.programs import Problem
-from dsjax.rl.sandbox import Sandbox
+from dsjax.rl.sandbox import Sandbox, Verdict
 from dsjax.train.pretrain import run
 
 PREFIX = 'import math\n\n\ndef area(r: float) -> float:\n    """Of a circle."""\n'
@@ -87,6 +89,24 @@ def test_solutions_pass_and_others_do_not(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert report["code_bleu"] == pytest.approx(1)
     assert set(report["by_kind"]) == {a.kind for a in problems_of(cfg)}
     assert report["without_verdict"] == 0
+
+
+def test_a_prompt_alone_is_no_program_that_parses() -> None:
+    cfg = WrittenPrograms("tasks", k=(1,))
+    verdicts = [[Verdict(False, 0, 1, "wrong answer", 0.01)]] * 3
+    codes = [[PREFIX], [PREFIX + "    \n"], [PREFIX + CIRCLE.solution]]
+    report = figures(cfg, [Asked(CIRCLE)] * 3, codes, verdicts)
+    assert report["syntax"] == pytest.approx(1 / 3)
+    assert report["bleu"] < 0.7  # of one of three bodies
+
+
+def test_what_has_no_verdict_is_left_out() -> None:
+    right, none = Verdict(True, 1, 1, "passed", 0.01), Verdict(None, 0, 1, "infrastructure: no room", 0.0)
+    cfg, code = WrittenPrograms("tasks", k=(1,)), PREFIX + CIRCLE.solution
+    report = figures(cfg, [Asked(CIRCLE)] * 2, [[code], [code]], [[right], [none]])
+    assert report["pass_at_k"]["1"]["value"] == 1
+    assert report["pass_at_k"]["1"]["num_tasks"] == 1
+    assert report["without_verdict"] == 1
 
 
 def test_problems_of_the_package() -> None:

@@ -21,6 +21,7 @@ from dsjax import manifest
 from dsjax.config import Bounds, PositiveInt, Seed, Share, UserError, validate
 from dsjax.data.corpus import Reading, Source, check_damage, describe_skipped, read_source
 from dsjax.data.dedup import Duplicate, deduplicate
+from dsjax.data.marked import Marked, encode
 from dsjax.data.records import Document, Skipped
 from dsjax.data.structure.errors import BROKEN, REPAIR, RepairConfig
 from dsjax.data.token_file import TokenFile, write_tokens
@@ -344,11 +345,25 @@ def _offsets(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
 
 
 def _write_tokens(folder: pathlib.Path, name: str, documents: Sequence[Document], tokenizer: Tokenizer) -> int:
-    """Writes tokens_NAME, its checks and the documents' offsets; returns the number of tokens."""
-    ids = tokenizer.encode_many([d.text for d in documents])
+    """Writes tokens_NAME, its checks and the documents' offsets; returns the number of tokens.
+
+    If some are not to be learned, weights_NAME says which, with checks of its own.
+    """
+    plain = iter(tokenizer.encode_many([d.text for d in documents if not (d.special or d.masked)]))
+    ids, weights = list[np.ndarray](), dict[int, np.ndarray]()
+    for number, d in enumerate(documents):
+        if d.special or d.masked:
+            own, weights[number] = encode(Marked(d.text, d.special, d.masked), tokenizer)
+            ids.append(own)
+        else:
+            ids.append(next(plain))
     tokens = np.concatenate([i.astype(_dtype(tokenizer.vocab_size)) for i in ids])
     (folder / f"checks_{name}").write_bytes(write_tokens(folder / f"tokens_{name}", tokens))
     (folder / f"offsets_{name}").write_bytes(_offsets([i.size for i in ids]).astype("<i8").tobytes())
+    if any(d.masked for d in documents):
+        learned = [weights.get(number, np.ones(own.size)).astype(np.uint8) for number, own in enumerate(ids)]
+        checks = write_tokens(folder / f"weights_{name}", np.concatenate(learned))
+        (folder / f"weight_checks_{name}").write_bytes(checks)
     return tokens.size
 
 
@@ -410,7 +425,7 @@ def load_entry(folder: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | N
 def _read(folder: pathlib.Path, cfg: DataConfig) -> Corpus:
     body = manifest.read(folder)
     # Token files have their own checks, see token_file.py; so that a large one need not be read before the first step.
-    others = [name for name in body["files"] if not name.startswith("tokens_")]
+    others = [name for name in body["files"] if not name.startswith(("tokens_", "weights_"))]
     for name, found in manifest.inventory(folder, others).items():
         if found != body["files"][name]:
             raise manifest.Damaged(f"{name} fails its checksum")
@@ -448,7 +463,12 @@ def _read_store(folder: pathlib.Path, name: str, files: dict[str, Any], dtype: s
     offsets = np.frombuffer((folder / f"offsets_{name}").read_bytes(), "<i8")
     if offsets[0] != 0 or offsets[-1] != tokens.size or (np.diff(offsets) < 0).any():
         raise manifest.Damaged(f"offsets_{name} does not fit its tokens")
-    return TokenStore(tokens, offsets)
+    if f"weights_{name}" not in files:
+        return TokenStore(tokens, offsets)
+    weights = open_tokens(folder, f"weights_{name}", f"weight_checks_{name}", files, "|u1")
+    if weights.size != tokens.size:
+        raise manifest.Damaged(f"weights_{name} does not fit its tokens")
+    return TokenStore(tokens, offsets, weights=weights)
 
 
 def _fingerprint(content: str, cfg: DataConfig) -> str:

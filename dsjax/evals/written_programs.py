@@ -314,11 +314,14 @@ def figures(
     counts = [(len(own), sum(bool(v.passed) for v in own)) for own in known]
     enough = [count for count in counts if count[0] >= max(cfg.k)]
     pairs = [
-        (code, v)
-        for written, own in zip(codes, verdicts, strict=True)
+        (code if _added(a.problem, code) else "", v)  # the beginning of a function alone would parse, too
+        for a, written, own in zip(asked, codes, verdicts, strict=True)
         for code, v in zip(written, own, strict=True)
         if v.passed is not None
     ]
+    if not enough:
+        reason = next(v.reason for own in verdicts for v in own if v.passed is None)
+        raise UserError(f"of no problem could {max(cfg.k)} program(s) be judged; the first reason is {reason!r}")
     scores = score([code for code, _ in pairs], [(v.tests_passed, max(v.tests_total, 1)) for _, v in pairs])
     report: dict[str, Any] = {
         "benchmark": cfg.benchmark,
@@ -347,7 +350,7 @@ def figures(
 def _likeness(asked: Sequence[Asked], codes: Sequence[Sequence[str]]) -> dict[str, Any]:
     """BLEU and CodeBLEU of each problem's first program beside its solution, where files tell one."""
     both = [
-        (written[0], a.problem.prefix + a.problem.solution)
+        (_added(a.problem, written[0]), a.problem.solution)
         for a, written in zip(asked, codes, strict=True)
         if a.problem.solution
     ]
@@ -355,6 +358,11 @@ def _likeness(asked: Sequence[Asked], codes: Sequence[Sequence[str]]) -> dict[st
         return {"bleu": None, "code_bleu": None}
     ours, theirs = zip(*both, strict=True)
     return {"bleu": bleu(ours, theirs), "code_bleu": code_bleu(ours, theirs).score}
+
+
+def _added(problem: Problem, code: str) -> str:
+    """What a program has behind the beginning that was given; all of it if it begins in another way."""
+    return code.removeprefix(problem.prefix) if code.removeprefix(problem.prefix).strip() else ""
 
 
 def markdown(report: dict[str, Any]) -> str:
