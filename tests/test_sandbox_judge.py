@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import builtins
+import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from dsjax.rl import plain
 from dsjax.rl.judge import Answers, Checks, Ended, Outcome, Remote, Unfit, judge
+
+
+@pytest.fixture(autouse=True)
+def no_end() -> Iterator[None]:
+    """A judge lets the kernel end its process after some computing. Here that is the process of all tests."""
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 class Program:
