@@ -128,7 +128,7 @@ def test_the_folder_of_a_run_is_named_after_its_config(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "expected one of {train, eval, generate, plan, kernels, inspect, convert}"),
+        ([], "expected one of {train, eval, generate, plan, kernels, inspect, convert, data}"),
         (["trains"], "trains"),
         (["train"], "CONFIG"),
         (["train", "nowhere.py"], "no config file nowhere.py"),
