@@ -131,6 +131,11 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     assert "| pass@2 | 0.0%" in capsys.readouterr().out
 
 
+def test_a_place_that_is_not_there_is_said_first(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"--output is .*; there is no folder"):
+        evaluate_programs(tmp_path / "no_model", WrittenPrograms("tasks"), output=tmp_path / "none" / "found.json")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -139,6 +144,7 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
         ({"benchmark": "mbpp"}, "--task mbpp needs --problems FILE"),
         ({"max_tokens": 0}, "--max-tokens is 0; it must be at least 1"),
         ({"limit": -1}, "--limit is -1; it must be at least 0"),
+        ({"temperature": -1.0}, "--temperature is -1.0"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], sentence: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import textwrap
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
+from dsjax.data.build.syntax import parsed
 from dsjax.data.prepare import HeldOut
 
 
@@ -86,12 +86,8 @@ def parses(prompt: FunctionPrompt, body: str) -> bool:
 
 
 def _parse(text: str) -> ast.Module | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in sampled strings
-        try:
-            return ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
+    tree = parsed(text)
+    return None if isinstance(tree, str) else tree
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

@@ -1,8 +1,7 @@
 """``dsjax eval --task humaneval|mbpp|tasks``: a model writes programs, the sandbox runs them.
 
 A problem with the beginning of a function is continued, and cut behind that function; any other is put into a docstring
-and answered by a program; with ``chat`` it is a user's message, and the answer's first block of code counts. Samples of
-a problem follow its seed, so that a problem's samples do not depend on what else is asked.
+and answered by a program; with ``chat`` it is a user's message, and the answer's first block of code counts.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from dsjax.config import UserError
+from dsjax.config import UserError, validate
 from dsjax.data.structure.stored import scanner
 from dsjax.data.tasks import Task, stream
 from dsjax.evals.code_bleu import code_bleu
@@ -37,7 +36,6 @@ from dsjax.rl.programs import Problem, read_problems
 from dsjax.rl.sandbox import Program, Sandbox, Verdict
 
 Benchmark = Literal["humaneval", "mbpp", "tasks"]
-BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
 ROWS = 16  # programs that are written at a time
 NUM_TASKS = 200  # of generated ones, if not said
 ASKED = "Write a Python function. Answer with one block of code.\n\n"
@@ -89,6 +87,10 @@ class WrittenPrograms:
         ):
             if value < least:
                 raise UserError(f"--{name} is {value}; it must be at least {least}")
+        try:
+            validate(self.sampling)
+        except UserError as error:
+            raise UserError(f"--{error}") from None
 
     @property
     def num_samples(self) -> int:
@@ -104,7 +106,7 @@ class WrittenPrograms:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A problem, what it is a kind of (a level of a family; empty: nothing), and what is asked first."""
+    """A problem, and what it is a kind of: a level of a family; empty: nothing."""
 
     problem: Problem
     kind: str = ""
@@ -119,6 +121,8 @@ def evaluate_programs(
         UserError: no such model or problems, no tokenizer, or nothing here can confine a program.
     """
     cfg.validate()
+    if output is not None and not output.parent.is_dir():  # known before hours of work, not behind them
+        raise UserError(f"--output is {output}; there is no folder {output.parent}")
     asked = problems_of(cfg)
     with Sandbox(workers=cfg.workers) as sandbox:  # before the model is read: whether there can be one is known at once
         model = load(folder)

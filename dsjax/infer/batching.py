@@ -54,7 +54,7 @@ class Engine:
         draft: tokens that the model's modules of multi-token prediction draft in a step; 0: none.
 
     Raises:
-        UserError: there are no modules to draft with, or the model can not take positions back.
+        UserError: there are no modules to draft with, the model can not take positions back, or it has structure.
     """
 
     def __init__(
@@ -77,6 +77,11 @@ class Engine:
     ):
         mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
         there = placed(graph, params, mesh, batch_size)
+        if there.model.cfg.structure is not None:
+            raise UserError(
+                "the engine can not give a model with structure the features of its tokens yet;"
+                " dsjax.load(DIR).generate(tokens, max_new_tokens=...) can"
+            )
         self.draft, self.num_drafting = draft, num_drafting(there.model.cfg, draft)
         self.end_ids, self.max_length, self.steps = frozenset(end_ids), max_length, steps
         self.tokenizer, self.top_log_probs = tokenizer, min(top_log_probs, there.model.cfg.vocab_size)
