@@ -20,7 +20,7 @@ def get_config() -> Pretrain:
         model=DecoderConfig(
             vocab_size=4096, d_model=128, num_layers=4, groups=(LayerGroup(MLPConfig(d_ff=384), attention),)
         ),
-        data=DataConfig(vocab_size=4096, seq_len=256, batch_size=8),
+        data=DataConfig(vocab_size=4096, seq_len=512, batch_size=4),
         optim=OptimConfig(
             name="muon",
             lr=0.02,
@@ -31,7 +31,7 @@ def get_config() -> Pretrain:
             warmup_steps=20,
             decay_share=0.7,
         ),
-        train=TrainConfig(steps=400, eval_every=100),
+        train=TrainConfig(steps=200, eval_every=100),
         compute=ComputeConfig(unroll=True, loss_chunk=128),
-        checkpoint=CheckpointConfig(every=400),
+        checkpoint=CheckpointConfig(every=200),
     )

@@ -1,0 +1,48 @@
+"""Pairs of runs with the same seed: mean difference, its interval, and an exact test."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of n pairs.
+
+    Attributes:
+        mean: over pairs.
+        low, high: 95 % interval by Student's t.
+        p: two-sided sign-flip test: the share of the 2^n assignments of signs whose mean is at least as far from 0.
+        n: pairs.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+    def said(self, form: str = "+.1%") -> str:
+        """As text: mean, interval, p."""
+        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}}; p = {self.p:.2f})"
+
+
+def difference(values: Sequence[float]) -> Difference:
+    """Of the differences of pairs, at least two.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    from scipy.stats import t
+
+    x = np.asarray(values, np.float64)
+    if x.size < 2:
+        raise ValueError(f"{x.size} pair(s); an interval needs two")
+    half = t.ppf(0.975, x.size - 1) * x.std(ddof=1) / x.size**0.5
+    means = np.array(list(itertools.product((1, -1), repeat=x.size))) @ x / x.size
+    p = float((np.abs(means) >= abs(x.mean()) * (1 - 1e-12)).mean())
+    return Difference(float(x.mean()), float(x.mean() - half), float(x.mean() + half), p, x.size)
