@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
-from benchmarks import coder_language
+from benchmarks import coder_language, coder_solving
 from benchmarks.kept import KeptLines
 from benchmarks.timing import ROOT
 from dsjax.runtime import configure
@@ -40,6 +40,10 @@ def main(
     if part in ("all", "language"):
         found = coder_language.study(lines, arms or tuple(coder_language.ARMS), say)
         print(coder_language.tables(found))
+    if part in ("all", "solving"):
+        rates = {name: coder_language.best_rate(lines, name) for name in ("plain", "structured")}
+        coder_solving.study(lines, lines.folder, rates, say)
+        print(coder_solving.tables(lines.lines))
     minutes = sum(line["cpu_seconds"] for line in lines.lines) / 60
     print(f"\n{minutes:.0f} CPU minutes in all.")
     if json:

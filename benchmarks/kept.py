@@ -13,10 +13,11 @@ class KeptLines:
 
     Attributes:
         lines: what the file has, in its order.
+        folder: that it lies in.
     """
 
     def __init__(self, path: pathlib.Path):
-        self._path = path
+        self._path, self.folder = path, path.parent
         self.lines: list[dict[str, Any]] = []
         if path.exists():
             self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -431,6 +432,23 @@ def test_a_folder_of_tasks(tmp_path) -> None:
     with pytest.raises(UserError, match="there are"):
         write(tmp_path / "c", TasksConfig(training=1, composition=400, family=0, families=("number",), levels=(1,)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_some_specifications_show_no_examples(tmp_path) -> None:
+    write(tmp_path / "all", TasksConfig(training=24, composition=12, family=0))
+    write(tmp_path / "some", TasksConfig(training=24, composition=12, family=0, examples_share=0.5))
+    name = "training/tasks-00000-of-00001.jsonl"
+    full, some = read(tmp_path / "all" / name), read(tmp_path / "some" / name)
+    assert read(tmp_path / "all" / "composition.jsonl") == read(tmp_path / "some" / "composition.jsonl")
+    kinds = set()
+    for with_them, task in zip(full, some, strict=True):
+        head, _, rest = with_them.prompt.partition("\n\n    >>> ")
+        assert rest
+        without = f'{head}\n    """\n'
+        assert task.prompt in (with_them.prompt, without)
+        assert dataclasses.replace(task, prompt=with_them.prompt) == with_them
+        kinds.add(task.prompt == without)
+    assert kinds == {True, False}
 
 
 def test_types_of_arguments_are_those_of_the_signature() -> None:

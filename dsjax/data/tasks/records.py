@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import pathlib
@@ -20,11 +21,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dsjax import manifest
-from dsjax.config import NonNegativeInt, PositiveInt, Seed, UserError, to_dict, validate
+from dsjax.config import NonNegativeInt, PositiveInt, Seed, Share, UserError, to_dict, validate
 from dsjax.data.marked import Marked
 from dsjax.data.tasks.families import FAMILIES, LEVELS
 from dsjax.data.tasks.generate import Task
 from dsjax.data.tasks.split import Side, Split, check_disjoint, stream
+from dsjax.data.tasks.wording import docstring
 from dsjax.metrics import told_of, write_atomic
 
 Say = Callable[[int, int, str], None]
@@ -37,6 +39,8 @@ class TasksConfig:
     training, composition, family: how many of each side.
     families: those to train on and to hold out compositions of; empty: all that are not held out whole.
     levels: which.
+    examples_share: of the tasks to train on, those whose specification shows examples: these are half of a task's
+        tokens, and the words that say what to do are more often met without them. Held-out ones all show theirs.
     split: how sides are divided.
     per_shard: tasks in a file of training.
     seed: another one gives other tasks; held-out ones stay held out.
@@ -47,6 +51,7 @@ class TasksConfig:
     family: NonNegativeInt = 500
     families: tuple[str, ...] = ()
     levels: tuple[int, ...] = LEVELS
+    examples_share: Share = 1.0
     split: Split = Split()
     per_shard: PositiveInt = 10_000
     seed: Seed = 0
@@ -63,6 +68,17 @@ class TasksConfig:
             raise UserError(f"families has {wrong[0]!r}; it must be some of {', '.join(allowed)}")
         if not self.levels or not set(self.levels) <= set(LEVELS):
             raise UserError(f"levels is {self.levels}; it must be some of {', '.join(map(str, LEVELS))}")
+
+
+def without_examples(task: Task) -> Task:
+    """The task whose specification shows none."""
+    signature = task.prompt.partition("\n")[0]
+    return dataclasses.replace(task, prompt=f"{signature}\n{docstring(task.specification, [])}")
+
+
+def shows_examples(task: Task, share: float) -> bool:
+    """Whether a task is among the share of those that do: a matter of its name alone."""
+    return int.from_bytes(hashlib.sha256(task.name.encode()).digest()[:8], "big") < share * 2**64
 
 
 def record(task: Task) -> dict[str, Any]:
@@ -180,6 +196,7 @@ def _write_sides(folder: pathlib.Path, cfg: TasksConfig, say: Say) -> dict[str, 
     shards = -(-cfg.training // cfg.per_shard)
     for shard in range(shards):
         chosen = list(itertools.islice(tasks, cfg.per_shard))
+        chosen = [task if shows_examples(task, cfg.examples_share) else without_examples(task) for task in chosen]
         check_disjoint(chosen, held_out)
         write_atomic(folder / "training" / f"tasks-{shard:05d}-of-{shards:05d}.jsonl", _lines(chosen))
     return {side: dict(sorted(places.items())) for side, places in counts.items()}

@@ -57,9 +57,9 @@ def signature(steps: Sequence[Step], name: str) -> str:
 
 
 def docstring(text: str, examples: Sequence[str]) -> str:
-    """A docstring with examples, indented, as it stands below the signature."""
+    """A docstring with its examples if there are any, indented, as it stands below the signature."""
     lines = textwrap.wrap(text, _WIDTH - 4, break_long_words=False, break_on_hyphens=False)
-    body = "\n".join([*lines, "", *examples])
+    body = "\n".join([*lines, "", *examples] if examples else lines)
     return textwrap.indent(f'"""{body}\n"""', "    ").replace("\n    \n", "\n\n") + "\n"
 
 

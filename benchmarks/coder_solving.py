@@ -1,0 +1,298 @@
+"""The coder study, second part: models that learn the syntax first and then to solve tasks, or both at once.
+
+Stage 1 is Python's standard library with repairs of injected errors, stage 2 generated tasks; mixed is both together,
+with the same rows in all. What is asked of a model are held-out compositions, by level, and held-out repairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.coder_language import SEEDS, at_rate, config_of, trained
+from benchmarks.kept import KeptLines
+from benchmarks.paired import difference, ratio
+from benchmarks.plans import table
+from dsjax.config import validate
+from dsjax.data.corpus import Source
+from dsjax.data.prepare import Corpus, prepare
+from dsjax.data.structure.stored import prepared
+from dsjax.data.tasks.records import TasksConfig, write
+from dsjax.data.tasks.records import read as read_tasks
+from dsjax.evals.bits import document_bits
+from dsjax.evals.pass_at_k import estimate
+from dsjax.evals.repair import repair_figures
+from dsjax.evals.written_programs import WrittenPrograms, problems_of, whole, written_programs
+from dsjax.loaded import LoadedModel
+from dsjax.rl.sandbox import Sandbox
+from dsjax.runs import LoadedModel as RunModel
+from dsjax.runs import cache_dir
+from dsjax.sharding import MeshConfig, Rules, make_mesh
+from dsjax.train.pretrain import Pretrain
+
+# Whole arms, by what they are told and how they learn.
+ARMS = {
+    "plain, two stages": ("plain", "stages"),
+    "structured, two stages": ("structured", "stages"),
+    "structured, mixed": ("structured", "mixed"),
+}
+FIRST, SECOND = 100, 500  # steps of each stage
+LEVELS = (1, 2, 3)
+MEDIUM = 3
+TASKS = TasksConfig(training=40_000, composition=400, family=0, levels=LEVELS, examples_share=0.25)
+VOCABULARY = 2048
+PROBLEMS, REPAIRS = 400, 200
+LONG_MINUTES = 20.0  # CPU minutes of training for the claim of the medium level
+SHARE, MORE = 0.82, 1.37  # what the seed says: of the medium level; times the plain model's solve rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """What all runs have in common: the tasks' folder and a tokenizer of files and tasks."""
+
+    tasks: pathlib.Path
+    tokenizer: pathlib.Path
+
+
+def ground(folder: pathlib.Path, say: Callable[[str], None]) -> Ground:
+    """Writes the tasks, if they are not there, and trains the tokenizer."""
+    tasks, tokenizer = folder / "tasks", folder / "tokenizer.json"
+    if not tasks.exists():
+        say(f"writing {TASKS.training:,} tasks")
+        write(tasks, TASKS)
+    if not tokenizer.exists():
+        base = config_of("stage1").data
+        sources = (Source(), Source(str(tasks / "training"), marked=True))
+        data = dataclasses.replace(base, sources=sources, vocab_size=VOCABULARY, repair=None)
+        corpus = prepare(dataclasses.replace(data, near_duplicate_threshold=1.0), cache_dir() / "data", progress=say)
+        tokenizer.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
+    return Ground(tasks, tokenizer)
+
+
+def config_for(model: str, stage: str, at: Ground, rate: float) -> Pretrain:
+    """The config of a stage, ``first``, ``second`` or ``mixed``, for a model of configs/coder."""
+    base = config_of("stage1")
+    chosen = base.model if model == "structured" else config_of("plain").model
+    tasks = Source(str(at.tasks / "training"), marked=True, weight=SECOND if stage == "mixed" else 1.0)
+    files = Source(weight=FIRST if stage == "mixed" else 1.0)
+    repair = base.data.repair
+    assert repair is not None
+    if stage == "mixed":
+        repair = dataclasses.replace(repair, share=repair.share * FIRST / (FIRST + SECOND))
+    data = dataclasses.replace(
+        base.data,
+        sources={"first": (files,), "second": (tasks,), "mixed": (files, tasks)}[stage],
+        tokenizer_path=str(at.tokenizer),
+        special_tokens=(),
+        vocab_size=VOCABULARY,
+        repair=None if stage == "second" else repair,
+        near_duplicate_threshold=1.0,  # tasks are alike, and differ in a word
+    )
+    config = dataclasses.replace(base, model=dataclasses.replace(chosen, vocab_size=VOCABULARY), data=data)
+    validate(config)
+    return at_rate(config, rate)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it has waited for (the sandbox's)."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def solving_run(arm: str, seed: int, at: Ground, rate: float, problems: int, repairs: int) -> dict[str, Any]:
+    """Trains one model, and asks it."""
+    begin, (model, order) = cpu_seconds(), ARMS[arm]
+    files = _corpus(first := config_for(model, "first", at, rate))
+    if order == "mixed":
+        config = config_for(model, "mixed", at, rate)
+        run = trained(config, _corpus(config), seed, FIRST + SECOND)
+        spent = run.cpu_seconds
+    else:
+        before = trained(first, files, seed, FIRST)
+        config = config_for(model, "second", at, rate)
+        run = trained(config, _corpus(config), seed, SECOND, variables=before.state)
+        spent = before.cpu_seconds + run.cpu_seconds
+    found = {"training_seconds": spent, "last_loss": statistics.mean(run.losses[-SECOND // 10 :])}
+    found |= asked(config, run.trainer.graph, run.state.variables, files, at, problems)
+    known = RunModel(run.trainer.graph, run.state.variables, files.tokenizer, first, FIRST + SECOND)
+    mended = repair_figures(known, files.held_out, limit=repairs)
+    bits = document_bits(
+        run.trainer.graph,
+        run.state.variables,
+        files.held_out,
+        seq_len=first.data.seq_len,
+        end_id=files.tokenizer.end_id,
+        place=lambda batch: jax.tree.map(jnp.asarray, batch),
+    )
+    return found | {
+        "repairs": {name: mended[name] for name in ("samples", "exact", "parses")},
+        "bits_per_byte": float(bits.sum() / sum(document.num_bytes for document in files.held_out)),
+        "num_params": config.model.num_params(),
+        "tokens": (FIRST + SECOND) * config.data.batch_size * config.data.seq_len,
+        "cpu_seconds": cpu_seconds() - begin,
+    }
+
+
+def long_run(model: str, seed: int, at: Ground, rate: float, minutes: float, problems: int) -> dict[str, Any]:
+    """A model that learns tasks alone for so many CPU minutes."""
+    begin, config = cpu_seconds(), config_for(model, "second", at, rate)
+    corpus = _corpus(config)
+    pace = trained(config, corpus, seed, 30).cpu_seconds / 30
+    steps = round(60 * minutes / pace)
+    run = trained(config, corpus, seed, steps)
+    found = {"training_seconds": run.cpu_seconds, "taken": steps, "num_params": config.model.num_params()}
+    found |= asked(config, run.trainer.graph, run.state.variables, corpus, at, problems)
+    return found | {"cpu_seconds": cpu_seconds() - begin}
+
+
+def asked(config: Pretrain, graph: Any, variables: Any, corpus: Corpus, at: Ground, problems: int) -> dict[str, Any]:
+    """Held-out compositions: of each level how many are solved, and how many there are; how many programs parse."""
+    cfg = WrittenPrograms("tasks", problems=str(at.tasks / "composition.jsonl"), limit=problems, max_tokens=160)
+    levels = [task.level for task in read_tasks(at.tasks / "composition.jsonl")[:problems]]
+    model = LoadedModel(
+        graph,
+        variables,
+        config.model,
+        config.compute,
+        corpus.tokenizer,
+        (corpus.tokenizer.end_id,),
+        config.data.seq_len,
+        {},
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        Rules(),
+    )
+    wanted = [a.problem for a in problems_of(cfg)]
+    codes = [written[0] for written in written_programs(model, wanted, cfg)]
+    with Sandbox(workers=1) as sandbox:
+        verdicts = list(sandbox.stream([whole(p, code) for p, code in zip(wanted, codes, strict=True)]))
+    if any(v.passed is None for v in verdicts):
+        raise RuntimeError(f"no verdict: {next(v.reason for v in verdicts if v.passed is None)}")
+    by_level = {
+        str(n): [sum(bool(v.passed) for v, level in zip(verdicts, levels, strict=True) if level == n), levels.count(n)]
+        for n in LEVELS
+    }
+    return {"solved": by_level, "parses": statistics.mean(v.reason != "syntax error" for v in verdicts)}
+
+
+def _corpus(config: Pretrain) -> Corpus:
+    return prepared(config.data, config.model.structure, cache_dir() / "data")
+
+
+def study(kept: KeptLines, folder: pathlib.Path, rates: dict[str, float], say: Callable[[str], None]) -> None:
+    """All arms and seeds, then a model that learns tasks for ``LONG_MINUTES``; those that are kept are not run again.
+
+    Args:
+        kept: lines of finished runs.
+        folder: for tasks and tokenizer.
+        rates: the learning rate of each model, a multiple of its config's.
+        say: is told of each run.
+    """
+    at = ground(folder, say)
+    for seed in SEEDS:
+        for arm, (model, _) in ARMS.items():
+            key = {"part": "solving", "arm": arm, "seed": seed, "rate": rates[model], "steps": [FIRST, SECOND]}
+            line = kept.get(lambda: solving_run(arm, seed, at, rates[model], PROBLEMS, REPAIRS), **key)  # noqa: B023
+            say(
+                f"solving, {arm}, seed {seed}: {solved(line):.1%} solved, {line['repairs']['exact']:.1%} mended to the"
+                f" letter; {line['cpu_seconds']:.0f} CPU s"
+            )
+    for model in ("structured", "plain"):
+        key = {"part": "long", "arm": model, "seed": 0, "rate": rates[model], "minutes": LONG_MINUTES}
+        line = kept.get(lambda: long_run(model, 0, at, rates[model], LONG_MINUTES, PROBLEMS), **key)  # noqa: B023
+        say(f"long, {model}: {solved(line):.1%} solved; {line['cpu_seconds']:.0f} CPU s")
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def solved(line: dict[str, Any], level: int = 0) -> float:
+    """The share of a run's problems that were solved, of one level or of all."""
+    counts = [line["solved"][str(n)] for n in ((level,) if level else LEVELS)]
+    return sum(right for right, _ in counts) / sum(total for _, total in counts)
+
+
+def tables(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line for each arm, and the verdicts."""
+    by = {(line["arm"], line["seed"]): line for line in lines if line["part"] == "solving"}
+    rows = []
+    for arm in ARMS:
+        own = [line for (name, _), line in by.items() if name == arm]
+        means = [statistics.mean(values) for values in (
+            *([solved(line, n) for line in own] for n in (0, *LEVELS)),
+            [line["parses"] for line in own],
+            [line["repairs"]["exact"] for line in own],
+            [line["repairs"]["parses"] for line in own],
+        )]  # fmt: skip
+        bits = statistics.mean(line["bits_per_byte"] for line in own)
+        seconds = statistics.mean(line["training_seconds"] for line in own)
+        rows.append((arm, str(len(own)), f"{seconds:.0f}", *(f"{x:.1%}" for x in means), f"{bits:.3f}"))
+    head = (
+        "",
+        "seeds",
+        "CPU s of training",
+        "solved",
+        *(f"level {n}" for n in LEVELS),
+        "parse",
+        "mended to the letter",
+    )
+    parts = [table((*head, "mended: parse", "bits per byte of files"), rows)]
+    parts += [f"- {line}" for line in (*verdicts(by), *long_verdicts(lines))]
+    return "\n".join([parts[0], "", *parts[1:]])
+
+
+def verdicts(by: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
+    """A line for each question about pairs."""
+    plain, stages, mixed = ARMS
+    said = []
+    seeds = sorted(seed for arm, seed in by if arm == plain and (stages, seed) in by)
+    if len(seeds) > 1:
+        middle, low, high = ratio(*([solved(by[arm, seed]) for seed in seeds] for arm in (stages, plain)))
+        holds = "holds" if low >= MORE else "does not hold" if high < MORE else "not decided"
+        said.append(f"{MORE - 1:+.0%} solved: {holds}: {middle:.2f} times plain's ({low:.2f} to {high:.2f})")
+    for name, ours, theirs in (
+        ("structured against plain", stages, plain),
+        ("two stages against mixed", stages, mixed),
+    ):
+        seeds = sorted(seed for arm, seed in by if arm == ours and (theirs, seed) in by)
+        if len(seeds) < 2:
+            continue
+        for what, of in _MEASURES.items():
+            found = difference([of(by[ours, seed]) - of(by[theirs, seed]) for seed in seeds])
+            said.append(f"{name}, {what}: {found.said()}")
+    return said
+
+
+_MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "solved": solved,
+    "programs that parse": lambda line: line["parses"],
+    "mended to the letter": lambda line: line["repairs"]["exact"],
+    "mended so that it parses": lambda line: line["repairs"]["parses"],
+}
+
+
+def long_verdicts(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The claim of the medium level, for each model that learned so long."""
+    said = []
+    for line in lines:
+        if line["part"] != "long":
+            continue
+        right, total = line["solved"][str(MEDIUM)]
+        found = estimate([(1, int(i < right)) for i in range(total)], 1)
+        holds = "holds" if found.low >= SHARE else "does not hold" if found.high < SHARE else "not decided"
+        levels = ", ".join(f"level {n} {solved(line, n):.1%}" for n in LEVELS)
+        said.append(
+            f"{SHARE:.0%} of level {MEDIUM} in {line['minutes']:g} CPU minutes, {line['arm']}: {holds}:"
+            f" {found.value:.1%} ({found.low:.1%} to {found.high:.1%}); {levels}"
+        )
+    return said
