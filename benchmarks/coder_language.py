@@ -37,7 +37,7 @@ from dsjax.train.step import Trainer, TrainState
 CONFIGS = ROOT / "configs" / "coder"
 STEPS, SAMPLES = 200, 200
 SEEDS, SWEPT_SEED = range(6), 100
-RATES = (2.0, 4.0, 8.0)  # of the config's
+RATES = (1.0, 2.0, 4.0, 8.0)  # of the config's
 
 
 @dataclasses.dataclass(frozen=True)
