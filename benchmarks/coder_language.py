@@ -66,6 +66,7 @@ ARMS: dict[str, Arm] = {
     "embeddings_alone": Arm("embeddings", rate_of="embeddings", alone=True),
     "name": Arm("name", rate_of="plain"),
     "same": Arm("same", rate_of="plain"),
+    "embeddings_same": Arm("embeddings_same", rate_of="embeddings"),
     "plain_longer": Arm("plain", rate_of="plain", as_long_as="embeddings"),
 }
 SWEPT = tuple(name for name, arm in ARMS.items() if not arm.rate_of)
