@@ -7,6 +7,7 @@ with the same rows in all. What is asked of a model are held-out compositions, b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import resource
 import statistics
@@ -15,9 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from benchmarks.coder_language import SEEDS, at_rate, config_of, trained
+from benchmarks.coder_language import config_of, trained
 from benchmarks.kept import KeptLines
 from benchmarks.paired import difference, ratio
 from benchmarks.plans import table
@@ -27,10 +27,9 @@ from dsjax.data.prepare import Corpus, prepare
 from dsjax.data.structure.stored import prepared
 from dsjax.data.tasks.records import TasksConfig, write
 from dsjax.data.tasks.records import read as read_tasks
-from dsjax.evals.bits import document_bits
 from dsjax.evals.pass_at_k import estimate
 from dsjax.evals.repair import repair_figures
-from dsjax.evals.written_programs import WrittenPrograms, problems_of, whole, written_programs
+from dsjax.evals.written_programs import Asked, WrittenPrograms, figures, problems_of, whole, written_programs
 from dsjax.loaded import LoadedModel
 from dsjax.rl.sandbox import Sandbox
 from dsjax.runs import LoadedModel as RunModel
@@ -38,18 +37,30 @@ from dsjax.runs import cache_dir
 from dsjax.sharding import MeshConfig, Rules, make_mesh
 from dsjax.train.pretrain import Pretrain
 
-# Whole arms, by what they are told and how they learn.
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A model of configs/coder, how it learns, and with how many seeds."""
+
+    model: str
+    mixed: bool = False
+    seeds: int = 6
+
+
+PLAIN, CODER, MIXED, SAME = "plain", "coder", "coder, mixed", "same"
 ARMS = {
-    "plain, two stages": ("plain", "stages"),
-    "structured, two stages": ("structured", "stages"),
-    "structured, mixed": ("structured", "mixed"),
+    PLAIN: Arm("plain"),
+    CODER: Arm("stage1"),
+    MIXED: Arm("stage1", mixed=True),
+    SAME: Arm("same", seeds=3),  # no syntax, but the look-up that the coder has: whose doing a gain is
 }
-FIRST, SECOND = 100, 500  # steps of each stage
-LEVELS = (1, 2, 3)
-MEDIUM = 3
-TASKS = TasksConfig(training=40_000, composition=400, family=0, levels=LEVELS, examples_share=0.25)
-VOCABULARY = 2048
-PROBLEMS, REPAIRS = 400, 200
+FIRST, SECOND = 80, 340  # steps of each stage
+LEVELS, MEDIUM = (1, 2, 3), 3
+TASKS = TasksConfig(
+    training=20_000, composition=240, family=0, families=("list", "number"), levels=LEVELS, examples_share=0.25
+)
+VOCABULARY = 1024
+PROBLEMS, REPAIRS, LONG_PROBLEMS = 120, 60, 240
 LONG_MINUTES = 20.0  # CPU minutes of training for the claim of the medium level
 SHARE, MORE = 0.82, 1.37  # what the seed says: of the medium level; times the plain model's solve rate
 
@@ -64,7 +75,7 @@ class Ground:
 
 def ground(folder: pathlib.Path, say: Callable[[str], None]) -> Ground:
     """Writes the tasks, if they are not there, and trains the tokenizer."""
-    tasks, tokenizer = folder / "tasks", folder / "tokenizer.json"
+    tasks, tokenizer = folder / "coder_tasks", folder / "coder_tokenizer.json"
     if not tasks.exists():
         say(f"writing {TASKS.training:,} tasks")
         write(tasks, TASKS)
@@ -74,13 +85,16 @@ def ground(folder: pathlib.Path, say: Callable[[str], None]) -> Ground:
         data = dataclasses.replace(base, sources=sources, vocab_size=VOCABULARY, repair=None)
         corpus = prepare(dataclasses.replace(data, near_duplicate_threshold=1.0), cache_dir() / "data", progress=say)
         tokenizer.write_text(corpus.tokenizer.to_json(), encoding="utf-8")
-    return Ground(tasks, tokenizer)
+    found = Ground(tasks, tokenizer)
+    for arm in ARMS.values():  # what is made once, tokens, features and repairs, belongs to no run
+        for stage in ("first", "second", "mixed"):
+            _corpus(config_for(arm.model, stage, found))
+    return found
 
 
-def config_for(model: str, stage: str, at: Ground, rate: float) -> Pretrain:
+def config_for(model: str, stage: str, at: Ground) -> Pretrain:
     """The config of a stage, ``first``, ``second`` or ``mixed``, for a model of configs/coder."""
-    base = config_of("stage1")
-    chosen = base.model if model == "structured" else config_of("plain").model
+    base, chosen = config_of("stage1"), config_of(model).model
     tasks = Source(str(at.tasks / "training"), marked=True, weight=SECOND if stage == "mixed" else 1.0)
     files = Source(weight=FIRST if stage == "mixed" else 1.0)
     repair = base.data.repair
@@ -98,7 +112,7 @@ def config_for(model: str, stage: str, at: Ground, rate: float) -> Pretrain:
     )
     config = dataclasses.replace(base, model=dataclasses.replace(chosen, vocab_size=VOCABULARY), data=data)
     validate(config)
-    return at_rate(config, rate)
+    return config
 
 
 # ---------------------------------------------------------------- runs
@@ -110,49 +124,41 @@ def cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def solving_run(arm: str, seed: int, at: Ground, rate: float, problems: int, repairs: int) -> dict[str, Any]:
+def solving_run(arm: str, seed: int, at: Ground) -> dict[str, Any]:
     """Trains one model, and asks it."""
-    begin, (model, order) = cpu_seconds(), ARMS[arm]
-    files = _corpus(first := config_for(model, "first", at, rate))
-    if order == "mixed":
-        config = config_for(model, "mixed", at, rate)
+    begin, model = cpu_seconds(), ARMS[arm].model
+    first = config_for(model, "first", at)
+    files = _corpus(first)
+    if ARMS[arm].mixed:
+        config = config_for(model, "mixed", at)
         run = trained(config, _corpus(config), seed, FIRST + SECOND)
         spent = run.cpu_seconds
     else:
         before = trained(first, files, seed, FIRST)
-        config = config_for(model, "second", at, rate)
+        config = config_for(model, "second", at)
         run = trained(config, _corpus(config), seed, SECOND, variables=before.state)
         spent = before.cpu_seconds + run.cpu_seconds
     found = {"training_seconds": spent, "last_loss": statistics.mean(run.losses[-SECOND // 10 :])}
-    found |= asked(config, run.trainer.graph, run.state.variables, files, at, problems)
+    found |= asked(config, run.trainer.graph, run.state.variables, files, at, PROBLEMS)
     known = RunModel(run.trainer.graph, run.state.variables, files.tokenizer, first, FIRST + SECOND)
-    mended = repair_figures(known, files.held_out, limit=repairs)
-    bits = document_bits(
-        run.trainer.graph,
-        run.state.variables,
-        files.held_out,
-        seq_len=first.data.seq_len,
-        end_id=files.tokenizer.end_id,
-        place=lambda batch: jax.tree.map(jnp.asarray, batch),
-    )
+    mended = repair_figures(known, files.held_out, limit=REPAIRS)
     return found | {
         "repairs": {name: mended[name] for name in ("samples", "exact", "parses")},
-        "bits_per_byte": float(bits.sum() / sum(document.num_bytes for document in files.held_out)),
         "num_params": config.model.num_params(),
         "tokens": (FIRST + SECOND) * config.data.batch_size * config.data.seq_len,
         "cpu_seconds": cpu_seconds() - begin,
     }
 
 
-def long_run(model: str, seed: int, at: Ground, rate: float, minutes: float, problems: int) -> dict[str, Any]:
+def long_run(model: str, seed: int, at: Ground, minutes: float) -> dict[str, Any]:
     """A model that learns tasks alone for so many CPU minutes."""
-    begin, config = cpu_seconds(), config_for(model, "second", at, rate)
+    begin, config = cpu_seconds(), config_for(model, "second", at)
     corpus = _corpus(config)
     pace = trained(config, corpus, seed, 30).cpu_seconds / 30
     steps = round(60 * minutes / pace)
     run = trained(config, corpus, seed, steps)
     found = {"training_seconds": run.cpu_seconds, "taken": steps, "num_params": config.model.num_params()}
-    found |= asked(config, run.trainer.graph, run.state.variables, corpus, at, problems)
+    found |= asked(config, run.trainer.graph, run.state.variables, corpus, at, LONG_PROBLEMS)
     return found | {"cpu_seconds": cpu_seconds() - begin}
 
 
@@ -182,35 +188,34 @@ def asked(config: Pretrain, graph: Any, variables: Any, corpus: Corpus, at: Grou
         str(n): [sum(bool(v.passed) for v, level in zip(verdicts, levels, strict=True) if level == n), levels.count(n)]
         for n in LEVELS
     }
-    return {"solved": by_level, "parses": statistics.mean(v.reason != "syntax error" for v in verdicts)}
+    report = figures(cfg, [Asked(p) for p in wanted], [[code] for code in codes], [[v] for v in verdicts])
+    return {"solved": by_level, "parses": report["syntax"]}
 
 
 def _corpus(config: Pretrain) -> Corpus:
     return prepared(config.data, config.model.structure, cache_dir() / "data")
 
 
-def study(kept: KeptLines, folder: pathlib.Path, rates: dict[str, float], say: Callable[[str], None]) -> None:
-    """All arms and seeds, then a model that learns tasks for ``LONG_MINUTES``; those that are kept are not run again.
+def study(kept: KeptLines, folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """All arms and seeds, then the coder that learns tasks for ``LONG_MINUTES``; what is kept is not run again.
 
     Args:
         kept: lines of finished runs.
         folder: for tasks and tokenizer.
-        rates: the learning rate of each model, a multiple of its config's.
         say: is told of each run.
     """
     at = ground(folder, say)
-    for seed in SEEDS:
-        for arm, (model, _) in ARMS.items():
-            key = {"part": "solving", "arm": arm, "seed": seed, "rate": rates[model], "steps": [FIRST, SECOND]}
-            line = kept.get(lambda: solving_run(arm, seed, at, rates[model], PROBLEMS, REPAIRS), **key)  # noqa: B023
+    for seed in range(max(arm.seeds for arm in ARMS.values())):
+        for name in (name for name, arm in ARMS.items() if seed < arm.seeds):
+            key = {"part": "solving", "arm": name, "seed": seed, "steps": [FIRST, SECOND]}
+            line = kept.get(functools.partial(solving_run, name, seed, at), **key)
             say(
-                f"solving, {arm}, seed {seed}: {solved(line):.1%} solved, {line['repairs']['exact']:.1%} mended to the"
+                f"solving, {name}, seed {seed}: {solved(line):.1%} solved, {line['repairs']['exact']:.1%} mended to the"
                 f" letter; {line['cpu_seconds']:.0f} CPU s"
             )
-    for model in ("structured", "plain"):
-        key = {"part": "long", "arm": model, "seed": 0, "rate": rates[model], "minutes": LONG_MINUTES}
-        line = kept.get(lambda: long_run(model, 0, at, rates[model], LONG_MINUTES, PROBLEMS), **key)  # noqa: B023
-        say(f"long, {model}: {solved(line):.1%} solved; {line['cpu_seconds']:.0f} CPU s")
+    key = {"part": "long", "arm": CODER, "seed": 0, "minutes": LONG_MINUTES}
+    line = kept.get(functools.partial(long_run, ARMS[CODER].model, 0, at, LONG_MINUTES), **key)
+    say(f"long, {CODER}: {solved(line):.1%} solved; {line['cpu_seconds']:.0f} CPU s")
 
 
 # ---------------------------------------------------------------- comparison
@@ -226,7 +231,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each arm, and the verdicts."""
     by = {(line["arm"], line["seed"]): line for line in lines if line["part"] == "solving"}
     rows = []
-    for arm in ARMS:
+    for arm in dict.fromkeys(name for name, _ in by):
         own = [line for (name, _), line in by.items() if name == arm]
         means = [statistics.mean(values) for values in (
             *([solved(line, n) for line in own] for n in (0, *LEVELS)),
@@ -234,9 +239,8 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
             [line["repairs"]["exact"] for line in own],
             [line["repairs"]["parses"] for line in own],
         )]  # fmt: skip
-        bits = statistics.mean(line["bits_per_byte"] for line in own)
         seconds = statistics.mean(line["training_seconds"] for line in own)
-        rows.append((arm, str(len(own)), f"{seconds:.0f}", *(f"{x:.1%}" for x in means), f"{bits:.3f}"))
+        rows.append((arm, str(len(own)), f"{seconds:.0f}", *(f"{x:.1%}" for x in means)))
     head = (
         "",
         "seeds",

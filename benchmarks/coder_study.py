@@ -41,8 +41,7 @@ def main(
         found = coder_language.study(lines, arms or tuple(coder_language.ARMS), say)
         print(coder_language.tables(found))
     if part in ("all", "solving"):
-        rates = {name: coder_language.best_rate(lines, name) for name in ("plain", "structured")}
-        coder_solving.study(lines, lines.folder, rates, say)
+        coder_solving.study(lines, lines.folder, say)
         print(coder_solving.tables(lines.lines))
     minutes = sum(line["cpu_seconds"] for line in lines.lines) / 60
     print(f"\n{minutes:.0f} CPU minutes in all.")

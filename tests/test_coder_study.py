@@ -123,27 +123,26 @@ def _solving_line(arm: str, seed: int, right: tuple[int, int, int]) -> dict[str,
         "solved": {str(n): [r, 10] for n, r in zip(coder_solving.LEVELS, right, strict=True)},
         "parses": 0.9,
         "repairs": {"samples": 10, "exact": 0.5, "parses": 0.6},
-        "bits_per_byte": 2.0,
         "training_seconds": 60.0,
     }
 
 
 def test_the_solving_part_is_judged_by_what_was_said_before() -> None:
-    plain, stages, mixed = coder_solving.ARMS
+    plain, coder, mixed = coder_solving.PLAIN, coder_solving.CODER, coder_solving.MIXED
     lines = [
         *(_solving_line(plain, seed, (4, 2, 0)) for seed in range(2)),
-        *(_solving_line(stages, seed, (6, 3, 1)) for seed in range(2)),
+        *(_solving_line(coder, seed, (6, 3, 1)) for seed in range(2)),
         *(_solving_line(mixed, seed, (6, 3, 1)) for seed in range(2)),
     ]
     assert coder_solving.solved(lines[0]) == 6 / 30
     assert coder_solving.solved(lines[0], 1) == 0.4
     text = coder_solving.tables(lines)
-    assert "- +37% solved: holds: 1.67 times plain's (1.67 to 1.67)" in text
+    assert "- +37% solved: holds: 1.67 times plain's (1.67 to 1.67; 2 seeds)" in text
     assert "- two stages against mixed, solved: +0.0%" in text
     assert "20.0% | 40.0% | 20.0% | 0.0%" in text
-    long = {"part": "long", "arm": "plain", "minutes": 20.0, "solved": {"1": [9, 10], "2": [9, 10], "3": [50, 100]}}
+    long = {"part": "long", "arm": "coder", "minutes": 20.0, "solved": {"1": [9, 10], "2": [9, 10], "3": [50, 100]}}
     (said,) = coder_solving.long_verdicts([long])
-    assert said.startswith("82% of level 3 in 20 CPU minutes, plain: does not hold: 50.0%")
+    assert said.startswith("82% of level 3 in 20 CPU minutes, coder: does not hold: 50.0%")
 
 
 def test_a_language_run(monkeypatch: pytest.MonkeyPatch) -> None:

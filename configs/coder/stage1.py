@@ -17,6 +17,6 @@ from dsjax.train.pretrain import Pretrain
 
 def get_config() -> Pretrain:
     base = plain()
-    structure = StructureConfig(pointers=("block", "bracket", "name"), next_leaf=0.1)
+    structure = StructureConfig(pointers=("same",), next_leaf=0.1)
     data = dataclasses.replace(base.data, special_tokens=(BROKEN, REPAIR), repair=RepairConfig(share=0.1))
-    return dataclasses.replace(base, model=matched(base.model, structure, scope_heads=1), data=data)
+    return dataclasses.replace(base, model=matched(base.model, structure), data=data)
