@@ -241,33 +241,25 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
         )]  # fmt: skip
         seconds = statistics.mean(line["training_seconds"] for line in own)
         rows.append((arm, str(len(own)), f"{seconds:.0f}", *(f"{x:.1%}" for x in means)))
-    head = (
-        "",
-        "seeds",
-        "CPU s of training",
-        "solved",
-        *(f"level {n}" for n in LEVELS),
-        "parse",
-        "mended to the letter",
-    )
-    parts = [table((*head, "mended: parse", "bits per byte of files"), rows)]
+    head = ("", "seeds", "CPU s of training", "solved", *(f"level {n}" for n in LEVELS), "parse")
+    parts = [table((*head, "mended to the letter", "mended: parse"), rows)]
     parts += [f"- {line}" for line in (*verdicts(by), *long_verdicts(lines))]
     return "\n".join([parts[0], "", *parts[1:]])
 
 
 def verdicts(by: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
     """A line for each question about pairs."""
-    plain, stages, mixed = ARMS
     said = []
-    seeds = sorted(seed for arm, seed in by if arm == plain and (stages, seed) in by)
-    if len(seeds) > 1:
-        middle, low, high = ratio(*([solved(by[arm, seed]) for seed in seeds] for arm in (stages, plain)))
+    for other in (PLAIN, SAME):
+        seeds = sorted(seed for arm, seed in by if arm == other and (CODER, seed) in by)
+        if len(seeds) < 2:
+            continue
+        middle, low, high = ratio(*([solved(by[arm, seed]) for seed in seeds] for arm in (CODER, other)))
         holds = "holds" if low >= MORE else "does not hold" if high < MORE else "not decided"
-        said.append(f"{MORE - 1:+.0%} solved: {holds}: {middle:.2f} times plain's ({low:.2f} to {high:.2f})")
-    for name, ours, theirs in (
-        ("structured against plain", stages, plain),
-        ("two stages against mixed", stages, mixed),
-    ):
+        verdict = f"{MORE - 1:+.0%} solved: {holds}: " if other == PLAIN else "solved: "
+        said.append(f"{verdict}{middle:.2f} times {other}'s ({low:.2f} to {high:.2f}; {len(seeds)} seeds)")
+    pairs = {"coder against plain": (CODER, PLAIN), "two stages against mixed": (CODER, MIXED)}
+    for name, (ours, theirs) in pairs.items():
         seeds = sorted(seed for arm, seed in by if arm == ours and (theirs, seed) in by)
         if len(seeds) < 2:
             continue
