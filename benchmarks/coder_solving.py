@@ -177,6 +177,7 @@ def asked(config: Pretrain, graph: Any, variables: Any, corpus: Corpus, at: Grou
         {},
         make_mesh(MeshConfig(), jax.devices()[:1]),
         Rules(),
+        cuts_prompts=True,
     )
     wanted = [a.problem for a in problems_of(cfg)]
     codes = [written[0] for written in written_programs(model, wanted, cfg)]

@@ -1,5 +1,7 @@
 """Decoding within Python's grammar beside free decoding, on this CPU: the same engine, requests and tokens, in turns.
 
+Tokens per second of wall time, and, which other load on the machine changes less, the CPU time of all threads.
+
     scripts/bench grammar [--run RUN] [--json FILE] [--rounds N] [--tokens N]
 
 Without a run: random weights in the quickstart's shape and in a 100M Llama's. Such a model says anything, so its texts
@@ -79,21 +81,24 @@ def compare(made: Contender, *, rounds: int, tokens: int) -> dict[str, Any]:
         tokenizer=made.tokenizer,
     )  # fmt: skip
 
-    def turn(number: int, grammar: PythonGrammar | None) -> tuple[float, list[list[int]]]:
+    def turn(number: int, grammar: PythonGrammar | None) -> tuple[float, float, list[list[int]]]:
         for prompt in PROMPTS:
             ids = [made.tokenizer.end_id, *made.tokenizer.encode(prompt).tolist()]
             engine.submit(Request(ids, tokens, SamplingConfig(), seed=1000 * number, grammar=grammar))
         events: list[Event] = []
         while any(r is None or not r.decodes for r in engine.rows):
             events += engine.step()  # the prompts
-        begun, first = time.perf_counter(), sum(r.num_new for r in engine.running())
+        first = sum(r.num_new for r in engine.running())
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         while engine.busy:
             events += engine.step()
-        seconds = time.perf_counter() - begun
+        seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
         texts = [sample.tokens for samples in collected(events).values() for sample in samples]
-        return (BATCH * tokens - first) / seconds, texts
+        made_here = BATCH * tokens - first
+        return made_here / seconds, 1e3 * cpu_seconds * BATCH / made_here, texts
 
     speeds: dict[str, list[float]] = {"free": [], "grammar": []}
+    cpu_ms: dict[str, list[float]] = {"free": [], "grammar": []}
     masks, begun = made.grammar.masks, time.perf_counter()
     files = sorted(path for path in stdlib_folder().glob("*.py") if 2_000 < path.stat().st_size < 30_000)[::2]
     made.grammar.warm_up(path.read_text(encoding="utf-8") for path in files)
@@ -101,12 +106,14 @@ def compare(made: Contender, *, rounds: int, tokens: int) -> dict[str, Any]:
     for number in range(rounds + 2):
         masks.asked = masks.walks = 0
         for name, grammar in (("free", None), ("grammar", made.grammar)):
-            speed, texts = turn(number, grammar)
+            speed, cpu, texts = turn(number, grammar)
             if number >= 2:  # the first turns compile, and meet what comes back later
                 speeds[name].append(speed)
+                cpu_ms[name].append(cpu)
     ratios = [b / a for a, b in zip(speeds["free"], speeds["grammar"], strict=True)]
     return {
         "tokens_per_second": {name: statistics.median(found) for name, found in speeds.items()},
+        "cpu_ms_per_step": {name: statistics.median(found) for name, found in cpu_ms.items()},
         "grammar_over_free": statistics.median(ratios),
         "ratios": ratios,
         "warm_up_s": warm_up,

@@ -90,8 +90,8 @@ def evaluate(
     /,
     *,
     task: Annotated[
-        Literal["report", "needle", "humaneval", "mbpp", "tasks"],
-        arg(help="needle: facts hidden in held-out text; humaneval, mbpp, tasks: programs, run in the sandbox"),
+        Literal["report", "needle", "repair", "humaneval", "mbpp", "tasks"],
+        arg(help="needle: facts hidden in held-out text; humaneval, mbpp, tasks: programs, run in the sandbox; repair"),
     ] = "report",
     samples: Annotated[
         int | None,
@@ -100,28 +100,30 @@ def evaluate(
     length: Annotated[int, arg(metavar="TOKENS", help="of a row with needles; 0: as in training")] = 0,
     k: Annotated[str, arg(metavar="N[,N...]", help="of programs: pass@k")] = "1",
     problems: Annotated[str, arg(metavar="FILE", help="of programs: JSON lines of HumanEval, MBPP or tasks")] = "",
-    limit: Annotated[int, arg(metavar="N", help="of programs: the first N problems; 0: all (tasks: 200)")] = 0,
+    limit: Annotated[int, arg(metavar="N", help="the first N problems, or repairs; 0: all (tasks, repairs: 200)")] = 0,
     max_tokens: Annotated[int, arg(metavar="N", help="of a program")] = 384,
     temperature: Annotated[
         float | None, arg(metavar="X", help="of programs; default: 0 for one sample, else 0.8")
     ] = None,
     grammar: Annotated[Literal["", "python"], arg(help="python: only what Python parses is written")] = "",
     chat: Annotated[bool, arg(help="problems are a user's messages; the model's chat template is used")] = False,
-    seed: Annotated[int, arg(metavar="N", help="of the programs")] = 0,
-    output: Annotated[str, arg(metavar="FILE", help="of programs: JSON; default: TASK.json in the run's folder")] = "",
+    seed: Annotated[int, arg(metavar="N", help="of programs, or errors")] = 0,
+    output: Annotated[str, arg(metavar="FILE", help="of these: JSON; default: TASK.json in the run's folder")] = "",
     quiet: Annotated[bool, arg(help="print only the report")] = False,
 ) -> int:
     """Held-out bits per byte beside its baselines, and sampled function bodies; writes report.md and report.json.
 
     With --task needle: facts hidden in held-out text and asked for at its end; writes needle.json and needle.png.
     With --task humaneval, mbpp or tasks (held-out compositions): the model's programs are run in the sandbox.
+    With --task repair: broken functions of held-out files, and the share that a model trained on repairs mends.
     Example: dsjax eval runs/coder --task tasks --k 1,10 --samples 20
     """
     if samples is not None and samples < 1:
         raise UserError(f"--samples is {samples}; it must be at least 1")
     if length < 0 or (length and task != "needle"):
         raise UserError(f"--length is {length}; it is a number of tokens from 1, or 0, and goes with --task needle")
-    folder = pathlib.Path(run)
+    folder, file = pathlib.Path(run), pathlib.Path(output) if output else None
+    start_jax()
     if task in ("humaneval", "mbpp", "tasks"):
         from dsjax.evals.written_programs import WrittenPrograms, evaluate_programs
 
@@ -129,19 +131,19 @@ def evaluate(
             task, tuple(whole_numbers("--k", k)), samples or 0, problems, limit, max_tokens, temperature,
             bool(grammar), chat, seed=seed,
         )  # fmt: skip
-        asked.validate()
-        start_jax()
-        evaluate_programs(folder, asked, output=pathlib.Path(output) if output else None, quiet=quiet)
-        return 0
-    start_jax()
-    if task == "needle":
+        evaluate_programs(folder, asked, output=file, quiet=quiet)
+    elif task == "needle":
         from dsjax.evals.needle_text import evaluate_needle
 
         evaluate_needle(folder, length=length, num_samples=samples or 64, quiet=quiet)
-        return 0
-    from dsjax.evals.report import evaluate_run
+    elif task == "repair":
+        from dsjax.evals.repair import evaluate_repair
 
-    evaluate_run(folder, num_samples=samples or 64, quiet=quiet)
+        evaluate_repair(folder, limit=limit, seed=seed, output=file)
+    else:
+        from dsjax.evals.report import evaluate_run
+
+        evaluate_run(folder, num_samples=samples or 64, quiet=quiet)
     return 0
 
 

@@ -63,6 +63,8 @@ class LoadedModel:
         max_length: positions that it is meant for.
         templates: chat templates by name; the usual one is ``default``.
         mesh, rules: devices, and what lies on which.
+        cuts_prompts: training cut texts where prompts end (``Source.marked``), so the last token of one stands there
+            as it does here. Of other models it may be one that goes on behind the prompt, and is chosen anew.
     """
 
     graph: Any
@@ -75,6 +77,7 @@ class LoadedModel:
     templates: Mapping[str, ChatTemplate]
     mesh: Mesh
     rules: Rules
+    cuts_prompts: bool = False
 
     @property
     def model(self) -> Decoder:
@@ -242,7 +245,8 @@ def _from_run(path: pathlib.Path, dtype: Any, mesh: Any) -> LoadedModel:
     converted = path / "hf" / "files"  # of a run that was a Hugging Face folder: all but its weights
     if (converted / "config.json").is_file():
         about = _said_by(converted, read_json(converted / "config.json"))
-    return _on_devices(found.config.model, compute, found.params, about, mesh)
+    model = _on_devices(found.config.model, compute, found.params, about, mesh)
+    return dataclasses.replace(model, cuts_prompts=any(source.marked for source in found.config.data.sources))
 
 
 def _from_hf(path: pathlib.Path, dtype: Any, mesh: Any) -> LoadedModel:

@@ -23,7 +23,6 @@ from dsjax.data.prepare import DataConfig
 from dsjax.data.structure.language import LANGUAGES, PYTHON
 from dsjax.data.structure.scanner import Scanner
 from dsjax.data.structure.vocabulary import Vocabulary
-from dsjax.infer.batching import Engine
 from dsjax.infer.engine import complete
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.models.decoder import Decoder, DecoderConfig
@@ -433,11 +432,6 @@ def test_features_are_wanted_where_there_is_structure_and_only_there() -> None:
         logits(INPUTS, weights(INPUTS), tokens, None)
     with pytest.raises(UserError, match="a model with structure is run with the features"):
         logits(DENSE, weights(DENSE), tokens, features)
-
-
-def test_the_engine_says_what_to_use_instead() -> None:
-    with pytest.raises(UserError, match=r"can not give a model with structure .*; dsjax.load\(DIR\).generate"):
-        Engine(graph(SCOPED), weights(SCOPED), end_ids=(31,), max_length=16)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from structure_cases import BYTES, Read, byte_features, in_range, library
 
 from dsjax.data.structure.language import LANGUAGES, PYTHON
 from dsjax.data.structure.scanner import Scanner
-from dsjax.data.structure.vocabulary import Vocabulary, byte_level_bytes, marked_bytes
+from dsjax.data.structure.vocabulary import Vocabulary
+from dsjax.data.token_names import byte_level_bytes, marked_bytes
 from dsjax.data.tokenizer import Tokenizer, train_tokenizer
 from dsjax.nn.fields import COLUMN, FARTHEST, KIND, KINDS, LEAF, NUM_FIELDS, POINTERS
 

@@ -81,21 +81,23 @@ def encode(marked: Marked, tokenizer: Tokenizer) -> tuple[Int32[np.ndarray, " T"
     Raises:
         UserError: a special token is none of the tokenizer's.
     """
-    ids: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
     borders = {0, len(marked.text), *(x for span in (*marked.special, *marked.masked) for x in span)}
-    cuts = sorted(borders)
-    for begin, end in itertools.pairwise(cuts):
+    cuts = list(itertools.pairwise(sorted(borders)))
+    parts = list[str | int]()
+    for begin, end in cuts:
         piece = marked.text[begin:end]
-        if _inside(begin, marked.special):
-            if piece not in tokenizer.special_ids:
-                raise UserError(
-                    f"the tokenizer has no special token {piece!r}: put it into data.special_tokens; it has"
-                    f" {', '.join(tokenizer.special_ids)}"
-                )
-            ids.append(np.asarray([tokenizer.special_ids[piece]], np.int32))
+        if not _inside(begin, marked.special):
+            parts.append(piece)
+        elif piece in tokenizer.special_ids:
+            parts.append(tokenizer.special_ids[piece])
         else:
-            ids.append(tokenizer.encode(piece))
+            raise UserError(
+                f"the tokenizer has no special token {piece!r}: put it into data.special_tokens; it has"
+                f" {', '.join(tokenizer.special_ids)}"
+            )
+    ids, weights = list[np.ndarray](), list[np.ndarray]()
+    for (begin, _), form in zip(cuts, tokenizer.said(parts), strict=True):
+        ids.append(np.asarray([form], np.int32) if isinstance(form, int) else tokenizer.encode_said(form))
         weights.append(np.full(ids[-1].size, not _inside(begin, marked.masked), np.float32))
     if not ids:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)

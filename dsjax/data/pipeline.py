@@ -182,14 +182,14 @@ class BatchIterator:
     global batch does not depend on the number of hosts.
     """
 
-    def __init__(self, corpus: Corpus, cfg: DataConfig, *, host_index: int, num_hosts: int):
+    def __init__(self, corpus: Corpus, cfg: DataConfig, *, host_index: int, num_hosts: int, rows: Any = None):
         if not 0 <= host_index < num_hosts:
             raise ValueError(f"host_index {host_index} is not below num_hosts {num_hosts}")
         if cfg.batch_size % num_hosts:
             raise UserError(
                 f"data.batch_size is {cfg.batch_size}; it must be a multiple of the number of hosts, {num_hosts}"
             )
-        self._rows = mixed_rows(corpus, cfg)
+        self._rows = mixed_rows(corpus, cfg) if rows is None else grain.MapDataset.source(rows)
         self._fingerprint = corpus.fingerprint
         self._batch_size = cfg.batch_size
         self._host_index = host_index
@@ -245,13 +245,17 @@ class BatchIterator:
             self._iterator = None
 
 
-def make_batches(corpus: Corpus, cfg: DataConfig, *, host_index: int = 0, num_hosts: int = 1) -> BatchIterator:
+def make_batches(
+    corpus: Corpus, cfg: DataConfig, *, host_index: int = 0, num_hosts: int = 1, rows: Any = None
+) -> BatchIterator:
     """An endless iterator of training batches, (batch_size / num_hosts, seq_len) each, numpy arrays.
+
+    ``rows``: the rows to take in their order, with random access as :class:`PackedRows`; None: :func:`mixed_rows`.
 
     Raises:
         UserError: batch_size is no multiple of num_hosts.
     """
-    return BatchIterator(corpus, cfg, host_index=host_index, num_hosts=num_hosts)
+    return BatchIterator(corpus, cfg, host_index=host_index, num_hosts=num_hosts, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dsjax.data.marked import Marked, encode
 from dsjax.data.records import Document, Skipped
 from dsjax.data.structure.errors import BROKEN, REPAIR, RepairConfig
 from dsjax.data.token_file import TokenFile, write_tokens
-from dsjax.data.tokenizer import END, SPLIT, Tokenizer, load_tokenizer, parse_tokenizer, train_tokenizer
+from dsjax.data.tokenizer import END, LAYOUT_SPLIT, SPLIT, Tokenizer, load_tokenizer, parse_tokenizer, train_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class DataConfig:
     batch_size: rows in a step, over all hosts.
     seed: of every shuffle.
     repair: rows of broken code and what mends it, or none (:mod:`dsjax.data.structure.repair`).
+    layout: tokens say how Python is indented relative to the line before (:mod:`dsjax.data.layout`). With
+        tokenizer_path the file decides.
     """
 
     sources: tuple[Source, ...] = (Source(),)
@@ -70,6 +72,7 @@ class DataConfig:
     batch_size: PositiveInt = 8
     seed: Seed = 0
     repair: RepairConfig | None = None
+    layout: bool = False
 
     def validate(self) -> None:
         """What annotations cannot say; `dsjax.config.validate` checks those and calls this.
@@ -200,6 +203,8 @@ def prepare(cfg: DataConfig, cache_dir: str | pathlib.Path, *, progress: Callabl
             f"data.vocab_size is {cfg.vocab_size}; {cfg.tokenizer_path} has {loaded.vocab_size} ids, so it must be at"
             " least that"
         )
+    if loaded is not None and cfg.layout and not loaded.layout:
+        raise UserError(f"data.layout is true; {cfg.tokenizer_path} is a tokenizer without layout, which decides")
     folder = pathlib.Path(cache_dir) / _cache_key(cfg, readings, loaded)
     try:
         corpus = _load(folder, cfg) or _make(cfg, readings, loaded, folder, say)
@@ -210,7 +215,8 @@ def prepare(cfg: DataConfig, cache_dir: str | pathlib.Path, *, progress: Callabl
 
 def _cache_key(cfg: DataConfig, readings: Sequence[Reading], loaded: Tokenizer | None) -> str:
     digest = hashlib.sha256()
-    settings = (_CACHE_VERSION, SPLIT, cfg.vocab_size, cfg.end_token, cfg.special_tokens, cfg.held_out_share)
+    pattern = LAYOUT_SPLIT if cfg.layout else SPLIT
+    settings = (_CACHE_VERSION, pattern, cfg.vocab_size, cfg.end_token, cfg.special_tokens, cfg.held_out_share)
     digest.update(repr((*settings, cfg.near_duplicate_threshold, loaded and loaded.to_json())).encode())
     for reading in readings:
         listed = [(d.name, d.digest.hex()) for d in reading.documents]
@@ -260,7 +266,9 @@ def _build(
     if tokenizer is None:
         say(f"training a tokenizer of {cfg.vocab_size} entries on {len(training)} documents")
         texts = (documents[i].text for i in training)
-        tokenizer = train_tokenizer(texts, cfg.vocab_size, cfg.special_tokens, end_token=cfg.end_token)
+        tokenizer = train_tokenizer(
+            texts, cfg.vocab_size, cfg.special_tokens, end_token=cfg.end_token, layout=cfg.layout
+        )
     say(f"encoding {len(training)} training and {len(held_out)} held-out documents")
     (folder / "tokenizer.json").write_bytes(tokenizer.to_json().encode())
     groups = [[i for i in training if source_of[i] == number] for number in range(len(readings))]

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Int32, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsjax.config import UserError
+from dsjax.data.layout_tokens import Writer, said, states_layout, with_layout
+from dsjax.data.token_names import bytes_of, hole_of
 
 END = "<|end|>"  # the document boundary, and what padding holds
 
@@ -33,7 +35,8 @@ SPLIT = "|".join(
         r"\s+(?!\S)|\s",
     )
 )
-
+# The same for the form of texts with layout: "):\n" and the signs behind it, and what indents the next line further.
+LAYOUT_SPLIT = with_layout(SPLIT)
 
 MOST_BYTES = 2**28  # of a tokenizer.json; the largest in use have 2**25
 
@@ -65,6 +68,7 @@ class Tokenizer:
         added_ids: id of each token that was added to the model's own, by its name.
         special_ids: those of them that are special.
         begin_ids: what stands in front of a text that begins a document: here, the boundary.
+        layout: whether tokens stand for the form of texts of :mod:`dsjax.data.layout`.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, *, end_token: str = END):
@@ -83,12 +87,39 @@ class Tokenizer:
         self.end_id = self.special_ids[end_token]
         self.begin_ids: tuple[int, ...] = (self.end_id,)
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        self.layout = inner.pre_tokenizer is not None and states_layout(inner.pre_tokenizer.__getstate__().decode())
 
     def encode(self, text: str, *, added: bool = True) -> Int32[np.ndarray, " T"]:
         """The ids of a text, without boundary tokens; without ``added``, no token that was added to the model's own."""
+        (form,) = self.said([text])
+        return self.encode_said(str(form), added=added)
+
+    def encode_said(self, text: str, *, added: bool = True) -> Int32[np.ndarray, " T"]:
+        """The same for one of the texts that :meth:`said` gives."""
         inner = self._inner if added else self._bare
         with _told_as_user_error("the tokenizer can not encode a text"):
             return np.asarray(inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def said(self, parts: Sequence[str | int]) -> list[str | int]:
+        """Texts that follow one another, with tokens between some of them, as they are to be encoded one by one.
+
+        They are as they were, but with ``layout``: then a text depends on those in front of it.
+        """
+        if not self.layout:
+            return list(parts)
+        with _told_as_user_error("the tokenizer can not encode a text"):
+            return said(parts, self.writer())
+
+    def writer(self, behind: Iterable[int] = ()) -> Writer:
+        """With ``layout``: what writes the text of tokens as they come, behind some others."""
+        writer = Writer(self._texts, hole_of(self.special_ids))
+        for token in behind:
+            writer.add(int(token))
+        return writer
+
+    @functools.cached_property
+    def _texts(self) -> list[bytes]:
+        return bytes_of(self.names(), self.special_ids)
 
     @functools.cached_property
     def _bare(self) -> tokenizers.Tokenizer:
@@ -101,10 +132,10 @@ class Tokenizer:
         White space around an added token goes where its entry in the tokenizer says so. Texts that hold one of the
         names in ``never`` do not get its token.
         """
-        names, ids = {i: name for name, i in self.added_ids.items()}, list[int]()
+        names, texts = {i: name for name, i in self.added_ids.items()}, list[str | int]()
         for number, part in enumerate(parts):
             if isinstance(part, int):
-                ids.append(part)
+                texts.append(part)
                 continue
             before, after = parts[number - 1] if number else None, (*parts, None)[number + 1]
             text = part
@@ -112,7 +143,13 @@ class Tokenizer:
                 text = text.lstrip()
             if isinstance(after, int) and self._added[names[after]].lstrip:
                 text = text.rstrip()
-            ids += self.encode(text, added=not any(name in text for name in never)).tolist()
+            texts.append(text)
+        ids = list[int]()
+        for whole, form in zip(texts, self.said(texts), strict=True):
+            if isinstance(form, int):
+                ids.append(form)
+            else:
+                ids += self.encode_said(form, added=not any(name in str(whole) for name in never)).tolist()
         return ids
 
     def put_in_front(self) -> tuple[int, ...]:
@@ -132,16 +169,33 @@ class Tokenizer:
             while last < len(texts) and size < 2**20:
                 size += len(texts[last])
                 last += 1
+            forms = [str(form) for text in texts[first:last] for form in self.said([text])]
             with _told_as_user_error("the tokenizer can not encode a text"):
-                encodings = self._inner.encode_batch_fast(list(texts[first:last]), add_special_tokens=False)
+                encodings = self._inner.encode_batch_fast(forms, add_special_tokens=False)
             ids += [np.asarray(e.ids, np.int32) for e in encodings]
             first = last
         return ids
 
-    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " T"], *, skip_special: bool = True) -> str:
-        """The text of ids; bytes that form no UTF-8 (a cut character) become U+FFFD."""
+    def decode(
+        self,
+        ids: Sequence[int] | Integer[np.ndarray, " T"],
+        *,
+        skip_special: bool = True,
+        behind: Sequence[int] | Integer[np.ndarray, " P"] = (),
+    ) -> str:
+        """The text of ids; bytes that form no UTF-8 (a cut character) become U+FFFD.
+
+        With ``layout`` it depends on the ids in front, ``behind``, whose own text is not given.
+        """
         with _told_as_user_error("the tokenizer can not decode ids"):
+            if self.layout:
+                return self._written([int(i) for i in ids], skip_special, [int(i) for i in behind])
             return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def _written(self, ids: Sequence[int], skip_special: bool, behind: Sequence[int]) -> str:
+        writer = self.writer(behind)
+        names = {} if skip_special else {i: name.encode() for name, i in self.special_ids.items()}
+        return b"".join(writer.add(i) or names.get(i, b"") for i in ids).decode(errors="replace")
 
     def extensions(self, token: int) -> Bool[np.ndarray, " V"]:
         """Which ids stand for text that begins with the text of ``token``, itself included."""
@@ -160,7 +214,12 @@ class Tokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (), *, end_token: str = END
+    texts: Iterable[str],
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    *,
+    end_token: str = END,
+    layout: bool = False,
 ) -> Tokenizer:
     """Trains a byte-level BPE on texts; the same texts in the same order give the same tokenizer.
 
@@ -169,11 +228,13 @@ def train_tokenizer(
         vocab_size: ids to make: `end_token` is 0, then `special_tokens`, then 256 bytes, then merges. A small corpus
             may give fewer merges.
         special_tokens: further special tokens.
+        end_token: name of the document boundary.
+        layout: whether tokens stand for the form of texts of :mod:`dsjax.data.layout`.
     """
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(LAYOUT_SPLIT if layout else SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -185,7 +246,8 @@ def train_tokenizer(
         max_token_length=32,  # else rulers of 80 "#" take entries that nothing else can use
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
+    forms = (str(form) for text in texts for form in said([text], Writer(()))) if layout else texts
+    inner.train_from_iterator(forms, trainer)
     return Tokenizer(inner, end_token=end_token)
 
 

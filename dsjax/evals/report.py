@@ -132,8 +132,8 @@ def sample_bodies(model: LoadedModel, prompts: list[FunctionPrompt], batch_size:
             first_tokens=first_tokens,
             scanners=scanners,
         )
-        for prompt, before, row in zip(part, ids, rows, strict=True):
-            text = tokenizer.decode(row)[len(tokenizer.decode(before[-1:])) :]
+        for prompt, tokens, row in zip(part, whole, rows, strict=True):
+            text = tokenizer.decode(row, behind=tokens[:-1])[len(tokenizer.decode(tokens[-1:], behind=tokens[:-1])) :]
             bodies.append(cut_body(text, prompt.indent, ended=len(row) < new))
     return bodies
 
@@ -152,13 +152,14 @@ def _parse_figures(
     rng = np.random.default_rng(0)
 
     def ngram_body(prompt: FunctionPrompt) -> str:
-        ids = _context_ids(tokenizer, prompt.context)[-16:]
-        last = tokenizer.decode(ids[-1:])
+        whole = _context_ids(tokenizer, prompt.context)
+        ids, behind = whole[-16:], whole[:-1]
+        last = tokenizer.decode(ids[-1:], behind=behind)
         healed, first = heal(tokenizer, ids)
         p = ngram.distribution(np.array(healed)) * first
         ids[-1] = int(rng.choice(len(p), p=p / p.sum()))
         row = [ids[-1], *ngram.sample(rng, np.array(ids), new - 1).tolist()]
-        text = tokenizer.decode(row)[len(last) :]
+        text = tokenizer.decode(row, behind=behind)[len(last) :]
         return cut_body(text, prompt.indent, ended=len(row) < new)[0]
 
     def real_body(prompt: FunctionPrompt) -> str:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from dsjax.config import UserError, validate
-from dsjax.data.structure.stored import scanner
 from dsjax.data.tasks import Task, stream
 from dsjax.evals.code_bleu import code_bleu
 from dsjax.evals.code_scores import bleu, combined_score, score
@@ -26,7 +25,7 @@ from dsjax.evals.functions import cut_body
 from dsjax.evals.pass_at_k import PassAtK, estimate
 from dsjax.infer.batching import Engine
 from dsjax.infer.command import template_of
-from dsjax.infer.engine import complete, heal
+from dsjax.infer.engine import heal
 from dsjax.infer.grammar import PythonGrammar
 from dsjax.infer.requests import Request
 from dsjax.infer.sampling import SamplingConfig
@@ -179,9 +178,8 @@ def written_programs(model: LoadedModel, problems: Sequence[Problem], cfg: Writt
     """The programs for each problem, as many as there are samples."""
     if model.tokenizer is None:
         raise UserError("the model's folder has no tokenizer.json: it can write no programs")
-    write = _by_engine if model.config.structure is None else _with_structure
     prompts = [_prompt(problem, cfg, model) for problem in problems]
-    for problem, texts in zip(problems, write(model, prompts, cfg), strict=True):
+    for problem, texts in zip(problems, _written(model, prompts, cfg), strict=True):
         yield [program_of(problem, text, ended, cfg.chat) for text, ended in texts]
 
 
@@ -239,7 +237,7 @@ def cut_program(text: str, *, ended: bool) -> str:
 Texts = list[tuple[str, bool]]  # of each sample: what was written, and whether it had come to its end
 
 
-def _by_engine(model: LoadedModel, prompts: Sequence[list[int]], cfg: WrittenPrograms) -> Iterator[Texts]:
+def _written(model: LoadedModel, prompts: Sequence[list[int]], cfg: WrittenPrograms) -> Iterator[Texts]:
     tokenizer, n = model.tokenizer, cfg.num_samples
     assert tokenizer is not None
     room = min(model.max_length, max(map(len, prompts)) + cfg.max_tokens)
@@ -258,13 +256,13 @@ def _by_engine(model: LoadedModel, prompts: Sequence[list[int]], cfg: WrittenPro
     numbers = []
     for place, prompt in enumerate(prompts):
         kept = prompt[-max(room - cfg.max_tokens, room // 2) :]
-        ids, first = (kept, None) if cfg.chat else heal(tokenizer, kept)
+        before = prompt[: len(prompt) - len(kept)]
+        ids, first = (kept, None) if cfg.chat or model.cuts_prompts else heal(tokenizer, kept)
         healed = kept[-1] if len(ids) < len(kept) else None
-        program = len(ids) if cfg.chat else begin * (len(kept) == len(prompt))
         seed = (cfg.seed * 1_000_003 + place * n) % 2**32
         request = Request(
-            ids, cfg.max_tokens, cfg.sampling, seed, n, first_tokens=first, healed=healed,
-            grammar=grammar, program=program if grammar else 0,
+            ids, cfg.max_tokens, cfg.sampling, seed, n, first_tokens=first, healed=healed, before=before,
+            grammar=grammar, program=len(prompt) if cfg.chat else begin,
         )  # fmt: skip
         numbers.append(engine.submit(request))
     texts: dict[int, dict[int, str]] = {number: dict.fromkeys(range(n), "") for number in numbers}
@@ -276,35 +274,6 @@ def _by_engine(model: LoadedModel, prompts: Sequence[list[int]], cfg: WrittenPro
                 if event.ended:
                     ended[event.request][event.sample] = event.finish == "end"
         yield [(texts[number][i], ended[number][i]) for i in range(n)]
-
-
-def _with_structure(model: LoadedModel, prompts: Sequence[list[int]], cfg: WrittenPrograms) -> Iterator[Texts]:
-    """The same for a model that is told the structure of its text, by batches that begin and end together."""
-    tokenizer, n, structure = model.tokenizer, cfg.num_samples, model.config.structure
-    assert tokenizer is not None
-    assert structure is not None
-    if cfg.grammar:
-        raise UserError("--grammar does not go with a model that has structure yet")
-    at_start, new = scanner(structure.language, tokenizer), min(cfg.max_tokens, model.max_length // 2)
-    for place, prompt in enumerate(prompts):
-        kept = prompt[-(model.max_length - new - 1) :]
-        ahead = at_start.copy()
-        ahead.scan(prompt[: len(prompt) - len(kept)])
-        ids, first = heal(tokenizer, kept)
-        rows = complete(
-            model.graph,
-            model.params,
-            [ids] * n,
-            max_tokens=new,
-            end_id=model.end_ids[0] if model.end_ids else tokenizer.end_id,
-            max_length=model.max_length,
-            sampling=cfg.sampling,
-            seed=(cfg.seed * 1_000_003 + place * n) % 2**31,
-            first_tokens=[first] * n,
-            scanners=[ahead.copy() for _ in range(n)],
-        )
-        before = tokenizer.decode(kept[len(ids) :])
-        yield [(tokenizer.decode(row)[len(before) :], len(row) < new) for row in rows]
 
 
 # ---------------------------------------------------------------- figures

@@ -17,16 +17,19 @@ from jax.sharding import Mesh
 
 from dsjax.config import UserError
 from dsjax.data.tokenizer import Tokenizer
-from dsjax.infer.decoding import decode
+from dsjax.infer.decoding import decode, warm_up
 from dsjax.infer.detokenize import Detokenizer
 from dsjax.infer.engine import lanes_of, placed
 from dsjax.infer.pages import Layout, Prefix, Prefixes, Tables, account, moves
-from dsjax.infer.programs import make_programs
+from dsjax.infer.programs import block_widths, make_programs
+from dsjax.infer.reading import at_start, later
 from dsjax.infer.requests import Completion, Counts, Event, Request, Running, collected
 from dsjax.infer.speculation import Behind, behind_shardings, num_drafting, num_kept
 from dsjax.infer.written_out import is_better, written_out
 from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
+from dsjax.nn.fields import NUM_FIELDS
 from dsjax.nn.masks import parts_of
+from dsjax.nn.structure import Scopes
 from dsjax.sharding import MeshConfig, host_array_to_global, make_mesh
 
 
@@ -48,13 +51,13 @@ class Engine:
         chunk: positions of prompts that are computed in a step.
         steps: tokens decoded in a step, at the most.
         mesh: devices; None: the first one of this process.
-        tokenizer: for texts and stop strings; None: there are only tokens.
+        tokenizer: for texts, stop strings, and what a model with structure is told; None: there are only tokens.
         top_log_probs: how many of the likeliest tokens a request may ask for at each place.
         pause: seconds without a token that decoding several at a time is not to exceed; None: any.
         draft: tokens that the model's modules of multi-token prediction draft in a step; 0: none.
 
     Raises:
-        UserError: there are no modules to draft with, the model can not take positions back, or it has structure.
+        UserError: there are no modules to draft with, the model can not take positions back, or is told of no text.
     """
 
     def __init__(
@@ -77,14 +80,11 @@ class Engine:
     ):
         mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
         there = placed(graph, params, mesh, batch_size)
-        if there.model.cfg.structure is not None:
-            raise UserError(
-                "the engine can not give a model with structure the features of its tokens yet;"
-                " dsjax.load(DIR).generate(tokens, max_new_tokens=...) can"
-            )
         self.draft, self.num_drafting = draft, num_drafting(there.model.cfg, draft)
         self.end_ids, self.max_length, self.steps = frozenset(end_ids), max_length, steps
         self.tokenizer, self.top_log_probs = tokenizer, min(top_log_probs, there.model.cfg.vocab_size)
+        self._at_start, self.scoped = at_start(there.model.cfg.structure, tokenizer), there.model.cfg.scoped
+        self.reads = self._at_start is not None
         self.mesh, self.rules, self.params = there.mesh, there.rules, there.place(params)
         if is_better(self.mesh):
             graph, self.params = written_out(graph, self.params, self.mesh)
@@ -97,7 +97,7 @@ class Engine:
         # With states, or pages that are written again, a prefix can be taken up only where it was left for that.
         self._has_state = any(g.attention.segmented is not None or g.attention.conv_taps > 1 for g in groups)
         self.prefixes = Prefixes(self.chunk if self._has_state else stride, self._release, self.num_drafting)
-        self.programs = make_programs(graph, self.mesh, self.rules, len(groups), draft, self.num_drafting)
+        self.programs = make_programs(graph, self.mesh, self.rules, len(groups), draft, self.num_drafting, self.scoped)
         self._make_cache(there.model, there.dtype, batch_size, page_size, num_positions or batch_size * max_length)
         self.rows: list[Running | None] = [None] * batch_size
         self.waiting: deque[Running] = deque()
@@ -117,7 +117,8 @@ class Engine:
         self.tables = Tables(layouts, batch_size, pools, self.parts[0])
         options = {"page_size": page_size, "parts": self.parts, "lanes": lanes_of(self.mesh), "pools": tuple(pools)}
         make = functools.partial(model.empty_cache, batch_size, slots, dtype, num_drafting=self.num_drafting, **options)
-        self.cache: Cache = jax.jit(make, out_shardings=cache_shardings(len(layouts), self.mesh, self.rules))()
+        shardings = cache_shardings(len(layouts), self.mesh, self.rules, Scopes(0, 0) if self.scoped else None)
+        self.cache: Cache = jax.jit(make, out_shardings=shardings)()
         zeros = lambda: Behind(  # noqa: E731
             jnp.zeros((batch_size, model.cfg.vocab_size), jnp.float32),
             jnp.zeros((batch_size, self.num_kept, model.cfg.d_model), model.compute.dtype),
@@ -138,12 +139,14 @@ class Engine:
         limit = min(len(request.prompt) + request.max_tokens, self.max_length)
         end_ids = self.end_ids if request.end_ids is None else frozenset(request.end_ids)
         self._number += 1
+        reads = later(self._at_start, request.before, request.prompt)
         for sample in range(request.num_samples):
             text = None
             if self.tokenizer is not None:
-                text = Detokenizer(self.tokenizer, request.stop, before=request.prompt, healed=request.healed)
+                ahead = [*request.before, *request.prompt]
+                text = Detokenizer(self.tokenizer, request.stop, before=ahead, healed=request.healed)
             tokens, within = list(request.prompt), request.constraint(end_ids)
-            self.waiting.append(Running(self._number, sample, request, tokens, limit, end_ids, text, within))
+            self.waiting.append(Running(self._number, sample, request, tokens, limit, end_ids, text, within, reads))
         return self._number
 
     def cancel(self, number: int) -> list[Event]:
@@ -209,14 +212,13 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles all that the engine can need, so that no request waits for it. Nothing may be running."""
         assert not self.busy
-        for width in self._widths():
+        for width in block_widths(self.chunk):
             for rows in sorted({1, self._rows_beside(width)}):
                 self._extend({}, width, rows)
-        decode(self, [], 0)
+        warm_up(self)
         state = self.programs.state(self.cache, 0)
         for taken in (None, state):
-            tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
-            self.cache = self.programs.place(self.cache, 0, tokens_S, taken)
+            self._place(0, [], 0, taken)
         allowed_V, of_row = np.ones(self.behind.logits_BV.shape[1], bool), self.programs.behind(self.behind, 0)
         self.behind = self.programs.set_behind(self.behind, 0, of_row, allowed_V)
         self._copy(0, [])
@@ -259,7 +261,8 @@ class Engine:
         """Of the prefixes that a request could take up; the last one may be all of its prompt."""
         if part not in running.keys_of_part:
             whole = running.request.num_samples > 1 and running.num_new == 0
-            running.keys_of_part[part] = self.prefixes.keys(part, running.tokens, whole=whole)
+            salt = np.asarray(running.request.before, np.int32).tobytes() if self.reads else b""
+            running.keys_of_part[part] = self.prefixes.keys(part, running.tokens, whole=whole, salt=salt)
         return running.keys_of_part[part]
 
     def _known(self, keys: list[bytes], running: Running) -> list[Prefix]:
@@ -299,12 +302,17 @@ class Engine:
         # Behind a whole prompt its last hidden states are known, of which those are wanted by which modules lag.
         running.begun = max(last.length - self.num_drafting, 0) if running.decodes else last.length
         self.counts.reused += last.length
-        tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
-        tokens_S[: last.length] = running.tokens[: last.length]
-        self.cache = self.programs.place(self.cache, row, tokens_S, last.state)
+        running.begin_reading()
+        self._place(row, running.tokens, last.length, last.state)
         if running.decodes:
             self._set_behind(running, last.behind)
         return True
+
+    def _place(self, row: int, tokens: list[int], length: int, state: Any) -> None:
+        tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
+        tokens_S[:length] = tokens[:length]
+        told_SC = self._told(row, len(tokens), length, len(tokens_S)) if self.scoped else None
+        self.cache = self.programs.place(self.cache, row, tokens_S, state, told_SC)
 
     def _set_behind(self, running: Running, of_row: Behind | None = None) -> None:
         """What may come first: by what was kept of the prompt, or as computed; and by what the request allows."""
@@ -346,20 +354,14 @@ class Engine:
         )
         for running in self.running():
             self.lengths_B[running.row] = running.filled
-        return Cache(groups, put(self.lengths_B.copy(), spec=rules.spec("batch")), self.cache.tokens_BS)
+        lengths_B = put(self.lengths_B.copy(), spec=rules.spec("batch"))
+        return dataclasses.replace(self.cache, groups=groups, lengths_B=lengths_B)
 
     def running(self) -> list[Running]:
         """What has a row, the oldest first."""
         return sorted((r for r in self.rows if r is not None), key=lambda r: r.order)
 
     # ------------------------------------------------------------ computing
-
-    def _widths(self) -> list[int]:
-        """Of a block of prompts: few shapes, few compilations."""
-        widths = [16]
-        while widths[-1] < self.chunk:
-            widths.append(2 * widths[-1])
-        return [min(width, self.chunk) for width in widths]
 
     def _rows_beside(self, width: int) -> int:
         """How many prompts of a batch part are computed at a time, if there are several."""
@@ -372,7 +374,7 @@ class Engine:
             counts = {r.row: min(self.chunk, len(r.tokens) - r.filled) for r in todo}
             by_part = [[r for r in todo if self._part(r.row) == part] for part in range(self.parts[0])]
             longest = max(counts[rs[0].row] for rs in by_part if rs)
-            width = next(width for width in self._widths() if width >= longest)
+            width = next(width for width in block_widths(self.chunk) if width >= longest)
             beside = self._rows_beside(width)
             chosen = [[r for r in rs if counts[r.row] <= width][:beside] for rs in by_part]
             rows = beside if max(map(len, chosen)) > 1 else 1
@@ -392,18 +394,26 @@ class Engine:
         ``rows`` of each batch part.
         """
         own, R = self.tables.rows_of_part, self.parts[0] * rows
-        tokens_RT = np.zeros((R, width + self.num_drafting), np.int32)
+        tokens_RT, told = np.zeros((R, width + self.num_drafting), np.int32), list[np.ndarray]()
         real_R, known_R, rows_R = (np.zeros(R, np.int32) for _ in range(3))
         for part in range(self.parts[0]):
             # Where nothing is to be done, any rows, but no row twice.
             some = sorted(range(part * own, (part + 1) * own), key=lambda row: row not in tokens)[:rows]
             for i, row in enumerate(some, part * rows):
-                left, real_R[i] = tokens.get(row, ([], 0))
-                new = left[: real_R[i] + self.num_drafting]
-                tokens_RT[i, : len(new)], known_R[i], rows_R[i] = new, len(new), row
+                left, num = tokens.get(row, ([], 0))
+                new = left[: num + self.num_drafting]
+                tokens_RT[i, : len(new)], real_R[i], known_R[i], rows_R[i] = new, num, len(new), row
+                told.append(self._told(row, len(left), num, width))
         put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch"))
-        given = map(put, (tokens_RT, real_R, known_R, rows_R))
-        self.behind, self.cache = self.programs.extend(self.params, *given, self.behind, self.current())
+        given, told_RTC = map(put, (tokens_RT, real_R, known_R, rows_R)), [put(np.stack(told))] if self.reads else []
+        self.behind, self.cache = self.programs.extend(self.params, *given, self.behind, self.current(), *told_RTC)
+
+    def _told(self, row: int, left: int, num: int, size: int) -> np.ndarray:
+        """The features of the first ``num`` of the last ``left`` tokens of a row, and zeros behind: (size, F)."""
+        told_TC, r = np.zeros((size, NUM_FIELDS), np.int16), self.rows[row]
+        if r is not None and r.reading is not None:
+            told_TC[:num] = r.reading.features_SC[len(r.tokens) - left :][:num]
+        return told_TC
 
     def _remember(self, r: Running, start: int) -> None:
         """Keeps the prefixes that the positions from ``start`` on completed, if there is room."""

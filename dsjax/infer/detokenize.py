@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import itertools
 from collections.abc import Sequence
 
 from dsjax.config import UserError
@@ -34,32 +36,19 @@ class Detokenizer:
         self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, before: Sequence[int] = (), healed: int | None = None
     ):
         check_stop(stop)
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        # The last tokens; where among them a character ended last; how much of their text has been dealt with.
-        self._ids, self._whole = list(before[-CONTEXT:]), 0
-        self._shown = len(self._text([*self._ids, *([] if healed is None else [healed])]).rstrip(CUT))
+        self._stop = tuple(stop)
+        self._source: _Window | _Written = (
+            _Written(tokenizer, before, healed) if tokenizer.layout else _Window(tokenizer, before, healed)
+        )
         self._held, self.stopped = "", False
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids)
 
     def add(self, token: int) -> str:
         """The text that one more token makes certain."""
-        self._ids.append(token)
-        text = self._text(self._ids)
-        certain = text if len(self._ids) > MOST else text.rstrip(CUT)
-        new, self._shown = certain[self._shown :], max(self._shown, len(certain))
-        if certain == text:  # what comes depends on nothing but the last characters, if at all
-            if last := self._text(self._ids[self._whole :]):
-                self._ids, self._shown = self._ids[self._whole :], len(last)
-            self._whole = len(self._ids)
-        return self._released(new)
+        return self._released(self._source.add(token))
 
     def end(self) -> str:
         """The rest, behind the last token: half a character is told as U+FFFD."""
-        text = self._text(self._ids)
-        new, self._shown = text[self._shown :], len(text)
-        return self._released(new, last=True)
+        return self._released(self._source.end(), last=True)
 
     def _released(self, new: str, last: bool = False) -> str:
         if self.stopped:
@@ -77,6 +66,57 @@ class Detokenizer:
 
     def _begins_a_stop(self, text: str) -> bool:
         return any(len(stop) > len(text) and stop.startswith(text) for stop in self._stop)
+
+
+class _Window:
+    """What tokens add to a text, by the text of the last few."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], healed: int | None):
+        self._tokenizer = tokenizer
+        # The last tokens; where among them a character ended last; how much of their text has been dealt with.
+        self._ids, self._whole = list(before[-CONTEXT:]), 0
+        self._shown = len(self._text([*self._ids, *([] if healed is None else [healed])]).rstrip(CUT))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._text(self._ids)
+        certain = text if len(self._ids) > MOST else text.rstrip(CUT)
+        new, self._shown = certain[self._shown :], max(self._shown, len(certain))
+        if certain == text:  # what comes depends on nothing but the last characters, if at all
+            if last := self._text(self._ids[self._whole :]):
+                self._ids, self._shown = self._ids[self._whole :], len(last)
+            self._whole = len(self._ids)
+        return new
+
+    def end(self) -> str:
+        text = self._text(self._ids)
+        new, self._shown = text[self._shown :], len(text)
+        return new
+
+
+class _Written:
+    """What tokens of a tokenizer with layout add to a text, which depends on all that stand in front."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], healed: int | None):
+        self._writer, self._decoder = tokenizer.writer(before), codecs.getincrementaldecoder("utf-8")("replace")
+        self._known = "" if healed is None else self._writer.copy().add(healed).decode(errors="ignore")
+
+    def add(self, token: int) -> str:
+        return self._unknown(self._decoder.decode(self._writer.add(token)))
+
+    def end(self) -> str:
+        return self._unknown(self._decoder.decode(b"", final=True))
+
+    def _unknown(self, text: str) -> str:
+        """The text without what the token that was chosen again had given already."""
+        same = sum(
+            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, self._known, strict=False))
+        )
+        self._known = self._known[same:] if same == len(text) else ""
+        return text[same:]
 
 
 def check_stop(stop: Sequence[str]) -> None:

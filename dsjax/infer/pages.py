@@ -244,9 +244,12 @@ class Prefixes:
         self.stride, self._release, self.ahead = stride, release, ahead
         self._known: OrderedDict[bytes, tuple[int, Prefix]] = OrderedDict()
 
-    def keys(self, part: int, tokens: Sequence[int], *, whole: bool = False) -> list[bytes]:
-        """One for each prefix of whole strides, on a batch part, and one for all of it; each depends on all before."""
-        key, keys, begin = str(part).encode(), [], 0
+    def keys(self, part: int, tokens: Sequence[int], *, whole: bool = False, salt: bytes = b"") -> list[bytes]:
+        """One for each prefix of whole strides, on a batch part, and one for all of it; each depends on all before.
+
+        ``salt``: what else must be the same.
+        """
+        key, keys, begin = str(part).encode() + salt, [], 0
         for number in range(1, self.num_strides(len(tokens)) + 1):
             end = number * self.stride + self.ahead
             block, begin = np.asarray(tokens[begin:end], np.int32).tobytes(), end

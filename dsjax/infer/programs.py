@@ -17,6 +17,7 @@ from dsjax.infer.speculation import Behind, Tokens, behind_shardings, speculate,
 from dsjax.infer.written_out import in_order, is_better, stacked
 from dsjax.nn.cache import POOL, Cache, GroupCache, Pages, RowState, cache_shardings
 from dsjax.nn.masks import Documents
+from dsjax.nn.structure import Scopes, with_new_scopes
 from dsjax.sharding import Rules, map_shards, replicated, use_mesh
 
 
@@ -25,15 +26,16 @@ class Programs:
     """Each takes the cache, and what is known behind it, and gives them back changed in place.
 
     Attributes:
-        extend: (params, tokens_RT, real_R, known_R, rows_R, behind, cache) -> (behind, cache): the first ``real_R`` of
-            T tokens of some rows behind what the cache holds of them, and what comes behind those
+        extend: (params, tokens_RT, real_R, known_R, rows_R, behind, cache, features_RTC) -> (behind, cache): the first
+            ``real_R`` of T tokens of some rows behind what the cache holds of them, and what comes behind those
             (:class:`dsjax.infer.speculation.Behind`). What modules keep depends on further tokens: ``known_R`` are
-            known, and there is room for one more of each module.
+            known, and there is room for one more of each module. Features: of a model with structure, else None.
         decode: (params, behind, cache, left_B, known_B, seeds_B, index_B, settings, steps, width=, num_top=) ->
             ((tokens, counts_B, steps), behind, cache): up to ``steps`` steps, until each row has at least ``left_B``
             tokens, number ``index_B`` and on (:class:`dsjax.infer.speculation.Tokens`, of ``width``), and how many
             they are. ``known_B``: hidden states that are known of a row.
-        place: (cache, row, tokens_S, state) -> cache: a row begins with these tokens and this state.
+        place: (cache, row, tokens_S, state, features_SC) -> cache: a row begins with these tokens and this state, and
+            what of a text is open with these features (of a cache with scopes, else None).
         state: (cache, row) -> the row's :class:`dsjax.nn.cache.RowState` of each group.
         behind: (behind, row) -> the row's.
         set_behind: (behind, row, of_row, allowed_V) -> behind: a row's are those, logits -inf where not allowed.
@@ -51,19 +53,22 @@ class Programs:
 
 @functools.lru_cache(maxsize=64)  # a jitted function holds its programs: who asks again compiles nothing
 def make_programs(
-    graph: Any, mesh: Mesh, rules: Rules, num_groups: int, draft: int = 0, num_drafting: int = 0
+    graph: Any, mesh: Mesh, rules: Rules, num_groups: int, draft: int = 0, num_drafting: int = 0, scoped: bool = False
 ) -> Programs:
-    """The functions for one model on one mesh, with ``draft`` drafts a step, of so many of its modules."""
-    within = functools.partial(use_mesh, mesh, dataclasses.replace(rules, length=()))
-    cache, whole = cache_shardings(num_groups + num_drafting, mesh, rules), replicated(mesh)
-    behind = behind_shardings(mesh, rules)
+    """The functions for one model on one mesh, with ``draft`` drafts a step, of so many of its modules.
 
-    def extend(params, tokens_RT, real_R, known_R, rows_R, behind, cache):
+    ``scoped``: its cache has scopes.
+    """
+    within = functools.partial(use_mesh, mesh, dataclasses.replace(rules, length=()))
+    cache = cache_shardings(num_groups + num_drafting, mesh, rules, Scopes(0, 0) if scoped else None)
+    behind, whole = behind_shardings(mesh, rules), replicated(mesh)
+
+    def extend(params, tokens_RT, real_R, known_R, rows_R, behind, cache, features_RTC=None):
         with within():
             model, T = nnx.merge(graph, stacked(params)), tokens_RT.shape[1] - num_drafting
             positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (len(tokens_RT), T))
             ids_RT, some = (positions_RT < real_R[:, None]).astype(jnp.int32), some_rows(cache, rows_R)
-            out = model(tokens_RT[:, :T], Documents(ids_RT, positions_RT), cache=some)
+            out = model(tokens_RT[:, :T], Documents(ids_RT, positions_RT), features_BTC=features_RTC, cache=some)
             hidden_RTD, own = out.hidden_BTD, out.cache
             for n in range(num_drafting):
                 seen_RT = (positions_RT < jnp.minimum(real_R, known_R - n - 1)[:, None]).astype(jnp.int32)
@@ -123,20 +128,37 @@ def make_programs(
     )
 
 
+def block_widths(chunk: int) -> list[int]:
+    """Of a block of prompts, up to a chunk: few shapes, few compilations."""
+    widths = [16]
+    while widths[-1] < chunk:
+        widths.append(2 * widths[-1])
+    return [min(width, chunk) for width in widths]
+
+
 def row_state(cache: Cache, row: Any) -> tuple[RowState, ...]:
     """What belongs to a row beside its pages, by group."""
     return tuple(jax.tree.map(lambda x: x[:, row], group.state) for group in cache.groups)
 
 
-def place(cache: Cache, row: Any, tokens_S: Int[Array, " S"], state: Any) -> Cache:
-    """A row begins with these tokens and this state; None: an empty one."""
+def place(cache: Cache, row: Any, tokens_S: Int[Array, " S"], state: Any, features_SC: Any = None) -> Cache:
+    """A row begins with these tokens and this state; None: an empty one.
+
+    What is open behind them is found in their features (zeros behind the last one): the pages of a prompt can be those
+    of several rows, but what one of them closes later is open to the others.
+    """
     if state is None:
         state = jax.tree.map(jnp.zeros_like, row_state(cache, row))
     groups = [
         dataclasses.replace(group, state=jax.tree.map(lambda x, new: x.at[:, row].set(new), group.state, own))
         for group, own in zip(cache.groups, state, strict=True)
     ]
-    return dataclasses.replace(cache, groups=tuple(groups), tokens_BS=cache.tokens_BS.at[row].set(tokens_S))
+    scopes = cache.scopes
+    if scopes is not None:
+        ones_1S = jnp.ones((1, len(tokens_S)), jnp.int32)
+        own = with_new_scopes(Scopes.none(*ones_1S.shape), features_SC[None], ones_1S, jnp.zeros(1, jnp.int32))
+        scopes = jax.tree.map(lambda all_BS, own_1S: all_BS.at[row].set(own_1S[0]), scopes, own)
+    return Cache(tuple(groups), cache.lengths_B, cache.tokens_BS.at[row].set(tokens_S), scopes)
 
 
 def set_behind(behind: Behind, row: Any, of_row: Behind, allowed_V: Bool[Array, " V"]) -> Behind:
@@ -172,7 +194,8 @@ def some_rows(cache: Cache, rows_R: Int[Array, " R"]) -> Cache:
         )
         for group in cache.groups
     )
-    return Cache(groups, cache.lengths_B[rows_R], cache.tokens_BS[rows_R])
+    rest = jax.tree.map(lambda x: x[rows_R], (cache.lengths_B, cache.tokens_BS, cache.scopes))
+    return Cache(groups, *rest)
 
 
 def with_rows(cache: Cache, rows_R: Int[Array, " R"], some: Cache) -> Cache:
@@ -184,8 +207,5 @@ def with_rows(cache: Cache, rows_R: Int[Array, " R"], some: Cache) -> Cache:
         )
         for group, new in zip(cache.groups, some.groups, strict=True)
     )
-    lengths_B, tokens_BS = (
-        cache.lengths_B.at[rows_R].set(some.lengths_B),
-        cache.tokens_BS.at[rows_R].set(some.tokens_BS),
-    )
-    return Cache(groups, lengths_B, tokens_BS)
+    old, new = ((x.lengths_B, x.tokens_BS, x.scopes) for x in (cache, some))
+    return Cache(groups, *jax.tree.map(lambda x, y: x.at[rows_R].set(y), old, new))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, cast
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from dsjax.config import UserError
 from dsjax.infer.detokenize import Detokenizer, check_stop
 from dsjax.infer.grammar import Constraint, PythonGrammar
+from dsjax.infer.reading import Reading
 from dsjax.infer.sampling import SamplingConfig
 
 Finish = Literal["end", "stop", "length", "cancelled"]
@@ -33,7 +34,9 @@ class Request:
         top_log_probs: how many of the likeliest tokens to tell at each place, up to the engine's.
         grammar: what the text must stay within; it ends as a whole program. None: nothing. Probabilities that are told
             are the model's own, whatever may come.
-        program: where in the prompt the program begins: the number of tokens in front of it.
+        program: where the program begins: the number of tokens in front of it, of ``before`` and the prompt.
+        before: tokens of the same text in front of the prompt, that the model does not see any more. Grammar and
+            structure are read from there.
     """
 
     prompt: Sequence[int]
@@ -48,6 +51,7 @@ class Request:
     top_log_probs: int = 0
     grammar: PythonGrammar | None = None
     program: int = 0
+    before: Sequence[int] = ()
 
     def check(self, max_length: int, top_log_probs: int, has_tokenizer: bool, draft: int = 0) -> None:
         """Raises UserError: the prompt is empty, or leaves no room for a token; the engine was not made for it."""
@@ -74,7 +78,7 @@ class Request:
         """
         if self.grammar is None:
             return None
-        found = self.grammar.begin(self.prompt[self.program :], sorted(end_ids))
+        found = self.grammar.begin([*self.before, *self.prompt][self.program :], sorted(end_ids))
         if self.first_tokens is not None and not (self.first_tokens & found.mask(len(self.first_tokens))).any():
             raise UserError("none of the tokens that may come first is in the grammar")
         return found
@@ -142,7 +146,8 @@ class Running:
     """A continuation in the engine: its tokens so far, and how many of them are in the cache, if it has a row.
 
     ``keys`` are those of its prefixes on the batch part of its row. What modules draft from is known of the positions
-    from ``begun`` on.
+    from ``begun`` on. With structure, ``read_prompt`` reads the prompt once for all samples, and ``reading`` is where
+    this one is.
     """
 
     number: int
@@ -153,6 +158,8 @@ class Running:
     end_ids: frozenset[int]
     text: Detokenizer | None
     constraint: Constraint | None = None
+    read_prompt: Callable[[], Reading] | None = None
+    reading: Reading | None = None
     row: int = -1
     filled: int = 0
     begun: int = 0
@@ -175,6 +182,11 @@ class Running:
     @property
     def seed(self) -> int:
         return (self.request.seed + self.sample) % 2**32
+
+    def begin_reading(self) -> None:
+        """From now on there are the features of its tokens, if the model is told any."""
+        if self.reading is None and self.read_prompt is not None:
+            self.reading = self.read_prompt().copy(self.limit)
 
     def add(self, new: Decoded, draft: int) -> Event:
         """Takes what was decoded, with ``draft`` drafts a step, up to where it ends."""

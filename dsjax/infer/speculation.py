@@ -84,7 +84,7 @@ def num_drafting(cfg: DecoderConfig, draft: int) -> int:
     """How many modules of a model ``draft`` drafts are made with; the last one makes all that are left.
 
     Raises:
-        UserError: there are none, or the model can not take positions back.
+        UserError: there are none, or the model can not take positions back, or it has structure.
     """
     if draft < 0:
         raise UserError(f"draft is {draft}; it must be at least 0")
@@ -92,6 +92,10 @@ def num_drafting(cfg: DecoderConfig, draft: int) -> int:
         return 0
     if cfg.multi_token is None:
         raise UserError(f"draft is {draft}, but the model has no module of multi-token prediction to draft with")
+    if cfg.structure is not None:
+        raise UserError(
+            f"draft is {draft}, but a model with structure is told of each token before the next one, by the host"
+        )
     for index, group in enumerate(cfg.groups):
         a = group.attention
         kind = "segmented attention" if a.segmented is not None else "a short convolution" if a.conv_taps > 1 else None

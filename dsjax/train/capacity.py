@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dsjax.data.batch import Batch
 from dsjax.nn.moe import DynamicCapacity
 
 
@@ -62,21 +63,28 @@ class Controller:
 
 
 class CompiledSteps:
-    """A training step for each capacity factor, compiled when it is first needed: never more than the list is long.
+    """A training step for each kind of batch and capacity factor, compiled when it is first needed: never more than
+    there are kinds, times the length of the list.
 
     Args:
-        compile_for: factor -> compiled step.
-        known: those that exist.
+        compile_for: (batch, factor) -> compiled step.
+        known: those that exist for a plain ``Batch``.
         note: told of each compilation.
     """
 
     def __init__(
-        self, compile_for: Callable[[float | None], Any], known: dict[float | None, Any], note: Callable[[str], None]
+        self,
+        compile_for: Callable[[Any, float | None], Any],
+        known: dict[float | None, Any],
+        note: Callable[[str], None],
     ):
-        self._compile_for, self._steps, self._note = compile_for, known, note
+        self._compile_for, self._note = compile_for, note
+        self._steps = {(Batch, factor): step for factor, step in known.items()}
 
     def __call__(self, state: Any, batch: Any, total_steps: Any, factor: float | None = None) -> tuple[Any, Any]:
-        if factor not in self._steps:
-            self._note(f"capacity factor {factor:g}: compiling a step for it")
-            self._steps[factor] = self._compile_for(factor)
-        return self._steps[factor](state, batch, total_steps)
+        kind = type(batch), factor
+        if kind not in self._steps:
+            what = f"a {type(batch).__name__}" if factor is None else f"capacity factor {factor:g}"
+            self._note(f"{what}: compiling a step for it")
+            self._steps[kind] = self._compile_for(batch, factor)
+        return self._steps[kind](state, batch, total_steps)

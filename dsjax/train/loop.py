@@ -81,6 +81,9 @@ class Job:
         place_experts: gives the busiest experts their further places, for the loads that the state holds; none: there
             are no such places.
         experts: (number of experts, experts of a token) of each layer group that has some.
+        complete: (state, batch, counters) -> the batch that is stepped on: with what depends on the model as it is.
+        select: is shown the records of ``metrics.jsonl`` whenever one that was evaluated has been saved, and keeps the
+            best of those; none: what is evaluated is not saved for that.
     """
 
     trainer: Trainer
@@ -97,6 +100,8 @@ class Job:
     frozen: Callable[[], Any] = dict
     place_experts: Callable[[TrainState], TrainState] | None = None
     experts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    complete: Callable[[TrainState, Batch, Counters], Batch] | None = None
+    select: Callable[[list[dict[str, Any]]], None] | None = None
 
 
 class StopSignal:
@@ -157,9 +162,13 @@ def train(config: Any, run: RunFolder, job: Job, state: TrainState, counters: Co
     every, code = config.train, 0
     try:
         with StopSignal() as stop:
+            if job.select is not None:
+                catch_up(job, state, counters, clock, log, progress, stop)
             while counters.iteration < counters.total_steps and not stop.stopping:
                 batch = job.place(next(job.batches))
                 hosts.beat(counters.iteration)
+                if job.complete is not None:
+                    batch = job.complete(state, batch, counters)
                 state, metrics = guard.step(state, counters, batch)
                 if job.place_experts is not None and counters.iteration % every.place_every == 0:
                     state = job.place_experts(state)
@@ -168,9 +177,13 @@ def train(config: Any, run: RunFolder, job: Job, state: TrainState, counters: Co
                 if not clock.running or last or counters.iteration % every.log_every == 0:
                     state = guard.settle(state, counters)
                     clock.log(metrics, counters, progress)
-                if every.eval_every and counters.iteration % every.eval_every == 0 and not stop.stopping:
+                if clock.evaluation_is_due(counters) and not stop.stopping:
+                    if job.select is not None:  # what is judged is what is saved
+                        state = guard.settle(state, counters)
                     clock.evaluate(state, counters, progress, stop)
-                if counters.iteration % config.checkpoint.every == 0:
+                    if job.select is not None and not stop.stopping:
+                        save_and_select(job, state, counters, log)
+                if counters.iteration % config.checkpoint.every == 0 and job.checkpoints.newest != counters.iteration:
                     state = guard.settle(state, counters)
                     save(job, state, counters)
                 job.checkpoints.check()
@@ -231,6 +244,26 @@ def save(job: Job, state: TrainState, counters: Counters) -> None:
     """One commit of everything."""
     host = {"data": job.batches.get_state(), "loop": dataclasses.asdict(counters)}
     job.checkpoints.save(counters.iteration, state.moving, host)
+
+
+def save_and_select(job: Job, state: TrainState, counters: Counters, log: MetricsLog) -> None:
+    """Saves what was just evaluated, and has the best of what was kept."""
+    assert job.select is not None
+    save(job, state, counters)
+    job.checkpoints.wait()
+    job.select(log.records)
+
+
+def catch_up(
+    job: Job, state: TrainState, counters: Counters, clock: Clock, log: MetricsLog, progress: Progress, stop: StopSignal
+) -> None:
+    """What the process before was kept from: the evaluation of the step that it ended behind, and the selection."""
+    assert job.select is not None
+    if clock.evaluation_is_due(counters) and not any(
+        r["step"] == counters.iteration and "loss" not in r for r in log.records
+    ):
+        clock.evaluate(state, counters, progress, stop)
+    job.select(log.records)
 
 
 # ---------------------------------------------------------------- bad numbers
@@ -352,7 +385,15 @@ class Clock:
         rate_text = f"  {values['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in values else ""
         progress.update(counters.iteration, counters.total_steps, f"loss {values['loss']:.3f}{rate_text}")
 
+    def evaluation_is_due(self, counters: Counters) -> bool:
+        """Whether to evaluate behind this step: every so many steps; where the best is kept, behind the last, too."""
+        every, last = self._config.train.eval_every, counters.iteration == counters.total_steps
+        if not counters.iteration:
+            return False
+        return (bool(every) and counters.iteration % every == 0) or (last and self._job.select is not None)
+
     def evaluate(self, state: TrainState, counters: Counters, progress: Progress, stop: StopSignal) -> None:
+        """One record of held-out figures; none if it is asked to stop on the way."""
         begin = time.perf_counter()
 
         def stopped() -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.nn.lora import LoraConfig, frozen
+from dsjax.nn.lora import FrozenWeight, LoraConfig, frozen, merged
 from dsjax.sharding import Rules, logical_axes, shardings
 
 
@@ -64,3 +64,19 @@ def _fitting(place: NamedSharding, leaf: Any) -> NamedSharding:
         names = (axes,) if isinstance(axes, str) else axes or ()
         cut.append(None if size % math.prod(place.mesh.shape[name] for name in names) else axes)
     return NamedSharding(place.mesh, PartitionSpec(*cut))
+
+
+def whole_weights(variables: Any, dtype: Any) -> Any:
+    """Variables with arrays of ``dtype`` in place of frozen weights and their pairs; if there are none, as they are."""
+    if not any(isinstance(leaf, FrozenWeight) for leaf in jax.tree.leaves(variables, is_leaf=_is_frozen)):
+        return variables
+    return _whole(variables, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(variables: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: merged(x, dtype) if _is_frozen(x) else x, variables, is_leaf=_is_frozen)
+
+
+def _is_frozen(x: Any) -> bool:
+    return isinstance(x, FrozenWeight)

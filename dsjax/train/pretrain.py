@@ -27,7 +27,7 @@ from dsjax.checkpoint import CheckpointConfig, Checkpoints
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, UserError, to_dict
 from dsjax.data.batch import Batch
 from dsjax.data.pipeline import make_batches
-from dsjax.data.prepare import Corpus, DataConfig
+from dsjax.data.prepare import Corpus, CorpusReport, DataConfig
 from dsjax.data.structure.stored import prepared
 from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
@@ -43,7 +43,7 @@ from dsjax.train.capacity import CompiledSteps
 from dsjax.train.loop import Job, restore_or_init, train
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.start import Start
-from dsjax.train.step import Trainer, TrainState, make_trainer
+from dsjax.train.step import LossFunction, Trainer, TrainState, make_trainer, next_token_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,38 @@ def make_model(config: Pretrain, rngs: nnx.Rngs) -> Decoder:
     return Decoder(config.model, config.compute, rngs=rngs)
 
 
-def build(config: Pretrain, devices: list[Any] | None = None) -> tuple[Any, Trainer]:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is there before training begins."""
+
+    config: Any
+    run: RunFolder
+    trainer: Trainer
+    corpus: Corpus
+    rows: Any
+    mesh: Any
+    say: Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Regime:
+    """What a way of training has of its own; :func:`run` is the same for all.
+
+    Attributes:
+        loss_fn: what is descended.
+        material: (config, say) -> (config, corpus, rows): what is trained on; the config with what only that can tell;
+            and the rows in their order, or none: the mixture of the sources.
+        parts: what the loop gets of its own, by the names of :class:`~dsjax.train.loop.Job`; ``evaluate`` at least.
+    """
+
+    loss_fn: LossFunction
+    material: Callable[[Any, Callable[[str], None]], tuple[Any, Corpus, Any]]
+    parts: Callable[[Setting], dict[str, Any]]
+
+
+def build(
+    config: Pretrain, devices: list[Any] | None = None, loss_fn: LossFunction = next_token_loss
+) -> tuple[Any, Trainer]:
     """The mesh over ``devices`` (None: all) and the step functions of a config; nothing is computed.
 
     Raises:
@@ -141,6 +172,7 @@ def build(config: Pretrain, devices: list[Any] | None = None) -> tuple[Any, Trai
         config.optim,
         mesh,
         accumulate=config.train.accumulate,
+        loss_fn=loss_fn,
         rules=rules,
         lora=config.lora,
     )
@@ -162,7 +194,7 @@ def batch_shapes(config: Pretrain, mesh: Any) -> Batch:
     return Batch(array(ints), array(ints), array(jnp.float32), Documents(array(ints), array(ints)), features)
 
 
-def check(config: Pretrain) -> tuple[Any, Trainer]:
+def check(config: Pretrain, loss_fn: LossFunction = next_token_loss) -> tuple[Any, Trainer]:
     """Finds what can be known to be wrong before anything is read or compiled; the result of :func:`build`.
 
     Raises:
@@ -179,7 +211,7 @@ def check(config: Pretrain) -> tuple[Any, Trainer]:
         )
     if config.log.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("log.tensorboard is true, but tensorboardX is not installed: pip install 'dsjax[tensorboard]'")
-    return build(config)
+    return build(config, loss_fn=loss_fn)
 
 
 def least_bytes(config: Pretrain) -> int:
@@ -196,8 +228,9 @@ def least_bytes(config: Pretrain) -> int:
     return weights + 20 * tokens + stream
 
 
-def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
-    """Trains, or goes on with, the run in ``folder``; returns the exit code."""
+def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False, regime: Regime | None = None) -> int:
+    """Trains, or goes on with, the run in ``folder``, as ``regime`` says (None: next tokens); returns the exit code."""
+    regime = regime or Regime(next_token_loss, next_token_material, next_token_parts)
     begin = time.perf_counter()
     quiet = quiet or hosts.index() > 0  # one process speaks for all
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
@@ -205,7 +238,7 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     # ---------------------------------------------------------------- mesh, model, optimizer
     hosts.same("config", without_paths(config))
     hosts.same("version", {"jax": jax.__version__, "dsjax": dsjax.__version__})
-    mesh, trainer = check(config)
+    mesh, trainer = check(config, regime.loss_fn)
     model = config.model
     say(f"model: {model.num_params():,} parameters ({model.num_active_params():,} active) on {mesh.size} device(s)")
     if config.lora.targets:
@@ -219,12 +252,8 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
 
     # ---------------------------------------------------------------- data, while the step compiles
     step = InBackground(lambda: compile_step(trainer, batch_shapes(config, mesh)))
-    corpus = prepared(config.data, model.structure, cache_dir() / "data", progress=say)
-    report = corpus.report
-    say(
-        f"data: {report.num_training} documents, {report.training_tokens:,} tokens to train on; "
-        f"{report.num_held_out} documents held out; {len(report.duplicates)} near-duplicates dropped"
-    )
+    config, corpus, rows = regime.material(config, say)
+    say(described(corpus.report))
     if corpus.tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"model.vocab_size is {model.vocab_size}; the tokenizer has {corpus.tokenizer.vocab_size} entries"
@@ -234,9 +263,9 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     capacity = model.dynamic_capacity()
     largest = None if capacity is None else capacity.factors[-1]
     known = {largest: step.result()}  # nothing is made until it is known to compile
-    shapes = batch_shapes(config, mesh)
     part, parts = rows_of_process(mesh, config.data.batch_size)
-    batches = make_batches(corpus, config.data, host_index=part, num_hosts=parts)
+    batches = make_batches(corpus, config.data, host_index=part, num_hosts=parts, rows=rows)
+    own = regime.parts(Setting(config, run_folder, trainer, corpus, rows, mesh, say))
 
     # ---------------------------------------------------------------- restore, train
     first = hosts.index() == 0
@@ -256,11 +285,10 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
     with contextlib.closing(batches), contextlib.closing(checkpoints):
         job = Job(
             trainer=trainer,
-            step=CompiledSteps(lambda factor: compile_step(trainer, shapes, factor), known, say),
+            step=CompiledSteps(functools.partial(compile_step, trainer), known, say),
             place=lambda batch: place_batch(batch, mesh, part, parts),
             batches=batches,
             checkpoints=checkpoints,
-            evaluate=held_out_evaluation(config, trainer, corpus, mesh),
             flops_per_token=model.flops_per_token(config.data.seq_len),
             begin=begin,
             data_changes=lambda: run_folder.changed_data(corpus),
@@ -269,11 +297,30 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False) -> int:
             frozen=dict if source is None else functools.partial(source.frozen, trainer),
             place_experts=expert_placement(config, mesh),
             experts={name: (moe.num_experts, moe.top_k) for name, moe in model.experts().items()},
+            **own,
         )
         state, counters = restore_or_init(config, job)
         if first:  # nothing speaks against going on: the folder now describes the run as it is continued
             run_folder.write(config, corpus)
         return train(config, run_folder, job, state, counters, quiet=quiet)
+
+
+def next_token_material(config: Pretrain, say: Callable[[str], None]) -> tuple[Pretrain, Corpus, Any]:
+    """The sources, mixed."""
+    return config, prepared(config.data, config.model.structure, cache_dir() / "data", progress=say), None
+
+
+def next_token_parts(setting: Setting) -> dict[str, Any]:
+    """Bits per byte of held-out documents."""
+    return {"evaluate": held_out_evaluation(setting.config, setting.trainer, setting.corpus, setting.mesh)}
+
+
+def described(report: CorpusReport) -> str:
+    """A corpus in one line."""
+    return (
+        f"data: {report.num_training} documents, {report.training_tokens:,} tokens to train on; "
+        f"{report.num_held_out} documents held out; {len(report.duplicates)} near-duplicates dropped"
+    )
 
 
 def about(config: Pretrain, mesh: Any, corpus: Corpus) -> dict[str, Any]:
@@ -295,10 +342,13 @@ def without_paths(config: Pretrain) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k.split(".")[-1] not in ("path", "tokenizer_path")}
 
 
+FIXED = ("type", "model", "optim", "lora", "course", "risk")  # parts of a config, of this recipe or of others
+
+
 def fixed_part(config: Any) -> dict[str, Any]:
     """What a run may not change when it goes on, by dotted key."""
     flat = _flat(to_dict(config))
-    return {k: v for k, v in flat.items() if k.split(".")[0] in ("type", "model", "optim", "lora") or k == "train.seed"}
+    return {k: v for k, v in flat.items() if k.split(".")[0] in FIXED or k == "train.seed"}
 
 
 def refuse_other_run(found: Any, config: Pretrain, folder: pathlib.Path) -> None:
@@ -333,7 +383,8 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def compile_step(trainer: Trainer, batch: Batch, factor: float | None = None) -> Any:
-    """The step as an executable; ``factor`` is that of a dynamic capacity, None: the largest."""
+    """The step for a batch, or its shapes, as an executable; ``factor`` is that of a dynamic capacity, None: the
+    largest."""
     total, step = jax.ShapeDtypeStruct((), jnp.int32), cast(Any, trainer.step)
     return step.lower(trainer.shapes, batch, total, factor).compile()
 

@@ -61,7 +61,7 @@ class Scanner(Syntax):
 
     def copy(self) -> Scanner:
         """One that goes on from here by itself. It takes time in proportion to what is open and bound."""
-        other = Scanner.__new__(Scanner)
+        other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._contexts, other._context, other._before = array.array("h"), -1, None
         self.copied_into(other)

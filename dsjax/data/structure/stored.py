@@ -16,6 +16,7 @@ from dsjax import manifest
 from dsjax.config import UserError
 from dsjax.data.prepare import Corpus, DataConfig, build_entry, load_entry, open_tokens, prepare
 from dsjax.data.structure.language import LANGUAGES
+from dsjax.data.structure.layout_scanner import LayoutScanner
 from dsjax.data.structure.repair import with_repairs
 from dsjax.data.structure.scanner import Scanner
 from dsjax.data.structure.vocabulary import Vocabulary
@@ -31,6 +32,8 @@ _DTYPE = "<i2"
 
 def scanner(language: str, tokenizer: Tokenizer) -> Scanner:
     """A scanner at the beginning of a text, for the tokens of a tokenizer."""
+    if tokenizer.layout:
+        return LayoutScanner(LANGUAGES[language], tokenizer)
     return Scanner(LANGUAGES[language], Vocabulary.of(tokenizer))
 
 

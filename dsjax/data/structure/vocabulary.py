@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsjax.data.structure.language import Language
 from dsjax.data.structure.lexer import Act, Mode, Place, read
+from dsjax.data.token_names import NO_HOLE, Hole, bytes_of, hole_of
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.nn.fields import LEAF
-
-# Names of the tokens around the parts of a text with a hole, wherever models have them: what is in front of the hole
-# comes behind the first, what is behind it behind the second, what fills it behind the third.
-_HOLES = (
-    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<PRE>", "<SUF>", "<MID>"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,38 +23,12 @@ class Vocabulary:
     """
 
     texts: Sequence[bytes]
-    hole: tuple[int, int, int] = (-1, -1, -1)
+    hole: Hole = NO_HOLE
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
         """That of a tokenizer."""
-        special = set(tokenizer.special_ids.values())
-        names = tokenizer.names()
-        spelt = byte_level_bytes if "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}" in names else marked_bytes  # its space
-        texts = [b"" if i in special else spelt(name) for i, name in enumerate(names)]
-        found = [tuple(tokenizer.special_ids.get(name, -1) for name in hole) for hole in _HOLES]
-        return cls(texts, next((hole for hole in found if -1 not in hole), (-1, -1, -1)))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _bytes_of_characters() -> dict[str, int]:
-    """The inverse of GPT-2's table: byte-level tokens are spelt with one printable character for each byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def byte_level_bytes(name: str) -> bytes:
-    """The bytes that a token stands for in a byte-level tokenizer; an added token is spelt as it is."""
-    table = _bytes_of_characters()
-    return bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
-
-
-def marked_bytes(name: str) -> bytes:
-    """The same in a tokenizer with a mark for spaces, and single bytes as ``<0x0A>``."""
-    if re.fullmatch("<0x[0-9A-F]{2}>", name):
-        return bytes.fromhex(name[3:5])
-    return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+        return cls(bytes_of(tokenizer.names(), tokenizer.special_ids), hole_of(tokenizer.special_ids))
 
 
 class State:

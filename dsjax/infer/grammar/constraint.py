@@ -29,10 +29,12 @@ class PythonGrammar:
             way there; without it, it is cut where it is.
 
     Raises:
-        UserError: a tokenizer with which not every text can be written.
+        UserError: a tokenizer with which not every text can be written, or whose tokens stand for its layout.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, finish: bool = True):
+        if tokenizer.layout:
+            raise UserError("a grammar reads the bytes of tokens; this tokenizer's are those of the layout of a text")
         self.finish, self.tokenizer, texts = finish, tokenizer, token_bytes(tokenizer)
         needed = {bytes([b]) for b in (*range(0x20, 0x7F), *b"\n", *range(0x80, 0xC0))}
         if missing := sorted(needed - set(texts)):
