@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -11,6 +12,7 @@ from small_runs import home, small
 
 from dsjax.cli import main
 from dsjax.config import UserError
+from dsjax.data.corpus import Source
 from dsjax.evals import written_programs
 from dsjax.evals.written_programs import (
     Asked,
@@ -23,6 +25,9 @@ from dsjax.evals.written_programs import (
     program_of,
     whole,
 )
+from dsjax.infer.batching import Engine
+from dsjax.infer.requests import Request
+from dsjax.loaded import load
 from dsjax.rl.programs import Problem
 from dsjax.rl.sandbox import Sandbox, Verdict
 from dsjax.train.pretrain import run
@@ -129,6 +134,31 @@ def test_the_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     assert found[0]["pass_at_k"]["2"]["value"] == 0
     assert sum(found[0]["reasons"].values()) == 6
     assert "| pass@2 | 0.0%" in capsys.readouterr().out
+
+
+def test_prompts_end_as_they_did_in_training(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of whole texts chooses the last token of a prompt anew; one that learned with cuts there does not."""
+    lines = [f"{PREFIX}    return {n} * r\n" for n in range(60)]
+    records = [json.dumps({"text": line, "masked": [[0, len(PREFIX)]]}) + "\n" for line in lines]
+    (tmp_path / "tasks.jsonl").write_text("".join(records))
+    asked: list[Request] = []
+    submit = Engine.submit
+
+    def note(engine: Engine, request: Request) -> int:
+        asked.append(request)
+        return submit(engine, request)
+
+    monkeypatch.setattr(Engine, "submit", note)
+    for marked in (True, False):
+        source = Source(str(tmp_path / "tasks.jsonl"), marked=marked)
+        base = small()
+        data = dataclasses.replace(base.data, sources=(source,), near_duplicate_threshold=1.0, held_out_share=0.2)
+        assert run(dataclasses.replace(base, data=data), tmp_path / f"run_{marked}", quiet=True) == 0
+        model = load(tmp_path / f"run_{marked}")
+        next(written_programs.written_programs(model, [CIRCLE], WrittenPrograms("tasks", max_tokens=4)))
+        end = model.tokenizer.encode(PREFIX).tolist()[-4:]
+        assert asked[-1].healed == (None if marked else end[-1])
+        assert list(asked[-1].prompt)[-3:] == (end[1:] if marked else end[:-1])
 
 
 def test_a_place_that_is_not_there_is_said_first(tmp_path: pathlib.Path) -> None:
