@@ -26,17 +26,17 @@ def forgiving_the_tools(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")(ours(test))
 
 
-def run(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list, str]:
-    """The outputs of a notebook's code cells, and what it printed."""
+def run(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, flags: str = "") -> tuple[list, str]:
+    """The outputs of a notebook's code cells, and what it printed, with some flags of XLA."""
     monkeypatch.setenv("DSJAX_NOTEBOOK_STEPS", "12")
     monkeypatch.setenv("DSJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as on a laptop
+    monkeypatch.setenv("XLA_FLAGS", flags)  # one device, as on a laptop
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -75,3 +75,22 @@ def test_the_checkpoint_goes_there_and_back(tmp_path: pathlib.Path, monkeypatch:
     assert last < first + 0.2  # twelve steps of a model that had twelve: it learns little, and loses nothing
     assert "largest difference of logits: 0.0\n" in printed
     assert "def main(" in printed
+
+
+@forgiving_the_tools
+def test_the_coder_is_told_and_kept_within_the_grammar(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four programs for each model: what counts is how long they take to compile.
+    outputs, printed = run("02_coder", tmp_path, monkeypatch, "--xla_backend_optimization_level=0")
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, "the syntax and the losses"
+    same, prefixes = re.findall(r"(\d+) of (\d+) prefixes have the same features, 17 numbers a token", printed)[0]
+    assert same == prefixes
+    plain, told = (
+        int(re.findall(rf"{name}: ([\d,]+) parameters", printed)[0].replace(",", "")) for name in ("plain", "told")
+    )
+    assert abs(told - plain) < 0.002 * plain
+    assert len(re.findall(r"(?:plain|told): \d\.\d{3} bits per byte", printed)) == 2
+    for name in ("plain", "told"):
+        ((good, of),) = re.findall(rf"{name}, within the grammar: (\d+) of (\d+) parse", printed)
+        assert good == of != "0"
+        assert f"---- {name}, within the grammar: parses" in printed
+        assert re.search(rf"---- {name}, freely: (parses|refused, )", printed)
