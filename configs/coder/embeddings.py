@@ -2,7 +2,7 @@
 
     dsjax train configs/coder/embeddings.py --run runs/coder_embeddings
 
-Not yet run as a study; see docs/coder.md for a first look.
+Result: docs/numerics.md (Coder).
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     dsjax train configs/coder/embeddings_same.py --run runs/coder_embeddings_same
 
-Result: docs/numerics.md.
+Result: docs/numerics.md (Coder).
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     dsjax train configs/coder/layout_embeddings.py --run runs/coder_layout_embeddings
 
-Not yet run as a study; docs/layout.md says what layout is.
+Result: docs/numerics.md (Coder).
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     dsjax train configs/coder/plain.py --run runs/coder_plain
 
-Not yet run as a study; see docs/coder.md for a first look.
+Result: docs/numerics.md (Coder).
 """
 
 from dsjax.checkpoint import CheckpointConfig

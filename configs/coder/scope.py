@@ -2,7 +2,7 @@
 
     dsjax train configs/coder/scope.py --run runs/coder_scope
 
-Not yet run as a study; see docs/coder.md for a first look.
+Not in the study (docs/coder_study.md); docs/coder.md has a first look.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     dsjax train configs/coder/stage1.py --run runs/coder_stage1
 
-Not yet run.
+Result: docs/numerics.md (Coder, solving).
 """
 
 import dataclasses
