@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -248,21 +249,57 @@ def as_long_as(kept: KeptLines, other: str, own: str) -> int:
 # ---------------------------------------------------------------- comparison
 
 
-def compared(lines: Sequence[dict[str, Any]], name: str) -> dict[str, Difference]:
-    """Of an arm against the plain one, by seed: bits per byte as a share, bodies that parse as a difference."""
-    by = {(line["arm"], line["seed"]): line for line in lines}
-    pairs = [(by[name, seed], by[BASELINE, seed]) for arm, seed in by if arm == name and (BASELINE, seed) in by]
+MORE_PARSE, WORSE_BITS = 1.5, 0.005  # what must hold: times plain's share of bodies that parse, more bits than plain
+JUDGED = "embeddings"
+# Whose doing a difference is: equal time, the same look-up without syntax, embeddings without what comes on top.
+PEERS = (
+    ("embeddings", "plain_longer"),
+    ("embeddings_same", "same"),
+    ("layout_embeddings", "embeddings"),
+    ("structured", "embeddings"),
+)
+
+
+def compared(lines: Sequence[dict[str, Any]], name: str, base: str = BASELINE) -> dict[str, Difference]:
+    """Of an arm against another, by seed: bits per byte as a share, bodies that parse as a difference."""
+    ours, theirs = _by_seed(lines, name, base)
     return {
-        "bits": difference([a["bits_per_byte"] / b["bits_per_byte"] - 1 for a, b in pairs]),
-        "parses": difference([a["parses"] - b["parses"] for a, b in pairs]),
+        "bits": difference([a["bits_per_byte"] / b["bits_per_byte"] - 1 for a, b in zip(ours, theirs, strict=True)]),
+        "parses": difference([a["parses"] - b["parses"] for a, b in zip(ours, theirs, strict=True)]),
     }
 
 
-def times_as_many(lines: Sequence[dict[str, Any]], name: str) -> tuple[float, float, float]:
-    """How many times the plain model's share of bodies that parse, with its interval (see :func:`ratio`)."""
-    by = {(line["arm"], line["seed"]): line["parses"] for line in lines}
-    seeds = [seed for arm, seed in by if arm == name and (BASELINE, seed) in by]
-    return ratio(*([by[arm, seed] for seed in seeds] for arm in (name, BASELINE)))
+def times_as_many(lines: Sequence[dict[str, Any]], name: str, base: str = BASELINE) -> tuple[float, float, float]:
+    """How many times the other's share of bodies that parse, with its interval (see :func:`ratio`)."""
+    ours, theirs = ([line["parses"] for line in own] for own in _by_seed(lines, name, base))
+    return ratio(ours, theirs)
+
+
+def _by_seed(lines: Sequence[dict[str, Any]], *names: str) -> list[list[dict[str, Any]]]:
+    """Of some arms the lines of the seeds that all of them have."""
+    by = {(line["arm"], line["seed"]): line for line in lines}
+    seeds = sorted(seed for arm, seed in by if arm == names[0] and all((name, seed) in by for name in names))
+    return [[by[name, seed] for seed in seeds] for name in names]
+
+
+def verdicts(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each question whose arms have run with two seeds at least."""
+    said = []
+    if len(_by_seed(lines, JUDGED, BASELINE)[0]) > 1:
+        times, low, high = times_as_many(lines, JUDGED)
+        holds = "holds" if low >= MORE_PARSE else "does not hold" if high < MORE_PARSE else "not decided"
+        said.append(f"{MORE_PARSE} times as many parse, {JUDGED}: {holds}: {times:.2f} ({low:.2f} to {high:.2f})")
+        bits = compared(lines, JUDGED)["bits"]
+        holds = "holds" if bits.high <= WORSE_BITS else "does not hold" if bits.low > WORSE_BITS else "not decided"
+        said.append(f"bits per byte at most {WORSE_BITS:.1%} more, {JUDGED}: {holds}: {bits.said('+.2%')}")
+    for name, base in PEERS:
+        if len(_by_seed(lines, name, base)[0]) > 1:
+            found, (times, low, high) = compared(lines, name, base), times_as_many(lines, name, base)
+            said.append(
+                f"{name} against {base}: bits per byte {found['bits'].said('+.2%')}; bodies that parse"
+                f" {found['parses'].said()}, {times:.2f} times ({low:.2f} to {high:.2f})"
+            )
+    return said
 
 
 def tables(lines: Sequence[dict[str, Any]]) -> str:
@@ -293,15 +330,24 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
                 f"{times:.2f} ({low:.2f} to {high:.2f})",
             )
         )
-    head = (
-        "",
-        "M parameters",
-        "seeds",
-        "rate",
-        "steps",
-        "CPU s",
-        "bits per byte",
-        "against plain",
-        "bodies that parse",
-    )
-    return table((*head, "against plain", "times plain's"), rows)
+    head = ("", "M parameters", "seeds", "rate", "steps", "CPU s", "bits per byte", "against plain")
+    parts = [table((*head, "bodies that parse", "against plain", "times plain's"), rows), ""]
+    return "\n".join([*parts, *(f"- {line}" for line in verdicts(lines))])
+
+
+def plot(lines: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Each run by its bits per byte and the share of its bodies that parse; the mean of each arm with its name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(dict.fromkeys(line["arm"] for line in lines)):
+        points = [(line["bits_per_byte"], 100 * line["parses"]) for line in lines if line["arm"] == name]
+        x, y = (statistics.mean(values) for values in zip(*points, strict=True))
+        axes.plot(*zip(*points, strict=True), ".", color=f"C{number}", alpha=0.4)
+        axes.plot(x, y, "o", color=f"C{number}", label=f"{name}: {x:.3f}, {y:.0f} %")
+    axes.set(xlabel="held-out bits per byte (less is better)", ylabel="sampled bodies that parse, %", ylim=(0, None))
+    axes.invert_xaxis()
+    axes.legend(fontsize=8, title="mean over seeds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

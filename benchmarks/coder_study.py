@@ -26,6 +26,7 @@ def main(
     part: Annotated[Literal["all", "language", "solving"], arg(help="which")] = "all",
     arms: Annotated[tuple[str, ...], arg(metavar="ARM", help="of the language part; none: all")] = (),
     kept: Annotated[str, arg(metavar="FILE", help="a line for each run; it goes on from there")] = "",
+    picture: Annotated[str, arg(metavar="PNG", help="draw the language part there")] = "",
     json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
 ) -> None:
     configure()
@@ -40,6 +41,8 @@ def main(
     if part in ("all", "language"):
         found = coder_language.study(lines, arms or tuple(coder_language.ARMS), say)
         print(coder_language.tables(found))
+        if picture:
+            coder_language.plot(found, here / picture)
     if part in ("all", "solving"):
         coder_solving.study(lines, lines.folder, say)
         print(coder_solving.tables(lines.lines))

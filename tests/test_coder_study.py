@@ -82,6 +82,11 @@ def test_the_language_part_is_compared_by_seed(tmp_path: pathlib.Path) -> None:
     assert "| embeddings | 1.000 | 3 | 1 | 10 | 3 |" in text
     assert "-10.00% (-10.00% to -10.00%; p = 0.25)" in text
 
+    assert "- 1.5 times as many parse, embeddings: holds: 2.33" in text
+    assert "- bits per byte at most 0.5% more, embeddings: holds: -10.00%" in text
+    coder_language.plot(lines, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
     path = tmp_path / "kept.jsonl"
     swept = [_language_line("plain", coder_language.SWEPT_SEED, bits, 0, rate) for rate, bits in ((1, 2.1), (4, 2.0))]
     swept.append(_language_line("embeddings", coder_language.SWEPT_SEED, 1.9, 0))
