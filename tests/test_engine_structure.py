@@ -177,7 +177,7 @@ def test_steps_change_nothing(steps: int) -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_preempted_requests_go_on_as_they_were(name: str) -> None:
-    made = engine(name, num_positions=48 if name == "window" else LENGTH + 16)
+    made = engine(name, num_positions=44 if name == "window" else LENGTH + 16)
     requests = [request(text, 24, seed=n) for n, text in enumerate(TEXTS[1:4])]
     got = answers(made, *requests)
     assert made.counts.preempted > 0
