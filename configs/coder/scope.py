@@ -2,7 +2,7 @@
 
     dsjax train configs/coder/scope.py --run runs/coder_scope
 
-Not in the study (docs/coder_study.md); docs/coder.md has a first look.
+Result: none of its own; with all the rest in structured.py, docs/numerics.md (Coder).
 """
 
 import dataclasses
