@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from small_runs import changed, home, small_moe, state_hash, training_records
 
 from dsjax.config import UserError, apply_overrides, from_dict, to_dict, validate
+from dsjax.data.batch import Batch
+from dsjax.nn.masks import Documents
 from dsjax.nn.moe import DynamicCapacity, set_capacity
 from dsjax.train import pretrain
 from dsjax.train.capacity import CompiledSteps, Controller, drop_rate_name
@@ -112,18 +114,28 @@ def test_it_aims_at_the_drop_rate() -> None:
     assert fixed > 0.01  # the smallest factor would not do
 
 
-def test_each_factor_is_compiled_once_and_told_of() -> None:
-    compiled, said = [], []
+class OtherBatch(Batch):
+    """Another kind."""
 
-    def compile_for(factor: float | None) -> Any:
-        compiled.append(factor)
+
+def test_each_factor_and_kind_of_batch_is_compiled_once_and_told_of() -> None:
+    compiled, said = [], []
+    ints, weights = np.zeros((1, 2), np.int32), np.zeros((1, 2), np.float32)
+    plain, other = (kind(ints, ints, weights, Documents(ints, ints)) for kind in (Batch, OtherBatch))
+
+    def compile_for(batch: Any, factor: float | None) -> Any:
+        compiled.append((batch, factor))
         return lambda state, batch, total: (state, {"factor": factor})
 
     steps = CompiledSteps(compile_for, {2.0: lambda *_: (None, {"factor": 2.0})}, said.append)
     taken = [2.0, 1.25, 2.0, 1.0, 1.25, 1.0]
-    assert [steps(None, None, None, factor)[1]["factor"] for factor in taken] == taken
-    assert compiled == [1.25, 1.0]
+    assert [steps(None, plain, None, factor)[1]["factor"] for factor in taken] == taken
+    assert [(batch is plain, factor) for batch, factor in compiled] == [(True, 1.25), (True, 1.0)]
     assert said == [f"capacity factor {factor}: compiling a step for it" for factor in ("1.25", "1")]
+    for _ in range(2):
+        assert steps(None, other, None, None)[1]["factor"] is None
+    assert [(batch is other, factor) for batch, factor in compiled[2:]] == [(True, None)]
+    assert said[2:] == ["a OtherBatch: compiling a step for it"]
 
 
 # ---------------------------------------------------------------- runs
