@@ -20,8 +20,8 @@ import numpy as np
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from benchmarks.paired import t_interval
 from benchmarks.plans import table
-from benchmarks.router_study import t_interval
 from benchmarks.timing import ROOT
 from dsjax.config import apply_overrides, load_config, validate
 from dsjax.data.corpus import Source

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.kept import KeptLines
-from benchmarks.paired import Difference, difference, ratio
+from benchmarks.paired import Difference, difference, ratio, verdict
 from benchmarks.plans import table
 from benchmarks.timing import ROOT
 from dsjax.config import load_config, validate
@@ -287,10 +287,10 @@ def verdicts(lines: Sequence[dict[str, Any]]) -> list[str]:
     said = []
     if len(_by_seed(lines, JUDGED, BASELINE)[0]) > 1:
         times, low, high = times_as_many(lines, JUDGED)
-        holds = "holds" if low >= MORE_PARSE else "does not hold" if high < MORE_PARSE else "not decided"
+        holds = verdict(low, high, MORE_PARSE, at_least=True)
         said.append(f"{MORE_PARSE} times as many parse, {JUDGED}: {holds}: {times:.2f} ({low:.2f} to {high:.2f})")
         bits = compared(lines, JUDGED)["bits"]
-        holds = "holds" if bits.high <= WORSE_BITS else "does not hold" if bits.low > WORSE_BITS else "not decided"
+        holds = verdict(bits.low, bits.high, WORSE_BITS, at_least=False)
         said.append(f"bits per byte at most {WORSE_BITS:.1%} more, {JUDGED}: {holds}: {bits.said('+.2%')}")
     for name, base in PEERS:
         if len(_by_seed(lines, name, base)[0]) > 1:

@@ -19,7 +19,7 @@ import jax
 
 from benchmarks.coder_language import config_of, trained
 from benchmarks.kept import KeptLines
-from benchmarks.paired import difference, ratio
+from benchmarks.paired import difference, ratio, verdict
 from benchmarks.plans import table
 from dsjax.config import validate
 from dsjax.data.corpus import Source
@@ -256,9 +256,8 @@ def verdicts(by: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
         if len(seeds) < 2:
             continue
         middle, low, high = ratio(*([solved(by[arm, seed]) for seed in seeds] for arm in (CODER, other)))
-        holds = "holds" if low >= MORE else "does not hold" if high < MORE else "not decided"
-        verdict = f"{MORE - 1:+.0%} solved: {holds}: " if other == PLAIN else "solved: "
-        said.append(f"{verdict}{middle:.2f} times {other}'s ({low:.2f} to {high:.2f}; {len(seeds)} seeds)")
+        claim = f"{MORE - 1:+.0%} solved: {verdict(low, high, MORE, at_least=True)}" if other == PLAIN else "solved"
+        said.append(f"{claim}: {middle:.2f} times {other}'s ({low:.2f} to {high:.2f}; {len(seeds)} seeds)")
     pairs = {"coder against plain": (CODER, PLAIN), "two stages against mixed": (CODER, MIXED)}
     for name, (ours, theirs) in pairs.items():
         seeds = sorted(seed for arm, seed in by if arm == ours and (theirs, seed) in by)
@@ -286,7 +285,7 @@ def long_verdicts(lines: Sequence[dict[str, Any]]) -> list[str]:
             continue
         right, total = line["solved"][str(MEDIUM)]
         found = estimate([(1, int(i < right)) for i in range(total)], 1)
-        holds = "holds" if found.low >= SHARE else "does not hold" if found.high < SHARE else "not decided"
+        holds = verdict(found.low, found.high, SHARE, at_least=True)
         levels = ", ".join(f"level {n} {solved(line, n):.1%}" for n in LEVELS)
         said.append(
             f"{SHARE:.0%} of level {MEDIUM} in {line['minutes']:g} CPU minutes, {line['arm']}: {holds}:"

@@ -37,15 +37,13 @@ def difference(values: Sequence[float]) -> Difference:
     Raises:
         ValueError: there are fewer.
     """
-    from scipy.stats import t
-
     x = np.asarray(values, np.float64)
     if x.size < 2:
         raise ValueError(f"{x.size} pair(s); an interval needs two")
-    half = t.ppf(0.975, x.size - 1) * x.std(ddof=1) / x.size**0.5
+    low, high = t_interval(x)
     means = np.array(list(itertools.product((1, -1), repeat=x.size))) @ x / x.size
     p = float((np.abs(means) >= abs(x.mean()) * (1 - 1e-12)).mean())
-    return Difference(float(x.mean()), float(x.mean() - half), float(x.mean() + half), p, x.size)
+    return Difference(float(x.mean()), low, high, p, x.size)
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
@@ -59,3 +57,17 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
         again = a[picks].sum(1) / b[picks].sum(1)
         low, high = np.nanpercentile(again, [2.5, 97.5], method="nearest")
         return float(a.sum() / b.sum()), float(low), float(high)
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t."""
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def verdict(low: float, high: float, limit: float, *, at_least: bool) -> str:
+    """Of a claim that something is at least or at most ``limit``, from its interval."""
+    inside, outside = (low >= limit, high < limit) if at_least else (high <= limit, low > limit)
+    return "holds" if inside else "does not hold" if outside else "not decided"

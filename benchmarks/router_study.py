@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
+from benchmarks.paired import t_interval
 from benchmarks.plans import table
 from benchmarks.timing import ROOT
 from dsjax.config import load_config, validate
@@ -104,14 +105,6 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(row)
     # Seeds differ more than variants do: what has fewer of them is told by its pairs alone.
     return sorted(rows, key=lambda row: row["difference"] if row["difference"] is not None else row["bits_per_byte"])
-
-
-def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t."""
-    from scipy.stats import t
-
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean() - half), float(values.mean() + half)
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:

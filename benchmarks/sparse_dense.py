@@ -26,9 +26,10 @@ import numpy as np
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
+from benchmarks.kept import KeptLines
 from benchmarks.line_completion import figures
+from benchmarks.paired import t_interval, verdict
 from benchmarks.plans import table
-from benchmarks.router_study import t_interval
 from benchmarks.timing import ROOT
 from benchmarks.turns import by_turns
 from dsjax.config import load_config, validate
@@ -233,12 +234,6 @@ def less_accurate(runs: Sequence[dict[str, Any]], variant: str, score: str) -> t
     return float(less.mean()), t_interval(less)
 
 
-def verdict(low: float, high: float, limit: float, *, at_least: bool) -> str:
-    """Of a claim that something is at least or at most ``limit``, from its interval."""
-    inside, outside = (low >= limit, high < limit) if at_least else (high <= limit, low > limit)
-    return "holds" if inside else "does not hold" if outside else "not decided"
-
-
 def verdicts(runs: Sequence[dict[str, Any]], found: dict[str, Any]) -> list[str]:
     """A line for each claim and what it was measured on."""
     lines = []
@@ -340,23 +335,13 @@ def plot(runs: Sequence[dict[str, Any]], found: dict[str, Any], path: pathlib.Pa
 
 def study(seeds: int, steps: int, rounds: int, kept: pathlib.Path, say: Say) -> tuple[list[dict[str, Any]], Any]:
     """All runs and the costs; what ``kept`` has a line of is not done again."""
-    lines = [json_format.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    kept.parent.mkdir(parents=True, exist_ok=True)
-
-    def done(**key: Any) -> dict[str, Any] | None:
-        return next((line for line in lines if key.items() <= line.items()), None)
-
-    def add(line: dict[str, Any]) -> dict[str, Any]:
-        with kept.open("a") as file:
-            file.write(json_format.dumps(line) + "\n")
-        return line
-
-    found = (done(rounds=rounds) or add({"rounds": rounds, "costs": costs(rounds, say)}))["costs"]
+    lines = KeptLines(kept)
+    found = lines.get(lambda: {"costs": costs(rounds, say)}, rounds=rounds)["costs"]
     runs = []
     for seed in range(seeds):
         for variant in VARIANTS:
-            key = {"variant": variant, "seed": seed, "steps": steps}
-            runs.append(done(**key) or add(study_one(**key)))
+            key: dict[str, Any] = {"variant": variant, "seed": seed, "steps": steps}
+            runs.append(lines.get(functools.partial(study_one, **key), **key))
             run = runs[-1]
             shares = ", ".join(f"{text} {run[score]:.2%}" for score, text in SCORES.items())
             say(f"{variant}, seed {seed}: {run['bits_per_byte']:.4f} bits per byte, {shares}; {run['seconds']:.0f} s")
