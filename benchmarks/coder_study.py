@@ -33,7 +33,8 @@ def main(
     here = pathlib.Path(os.environ.get("DSJAX_CALLED_FROM", "."))
     lines = KeptLines(here / kept if kept else ROOT / "build" / "coder_study.jsonl")
     if unknown := sorted(set(arms) - coder_language.ARMS.keys()):
-        sys.exit(f"there is no arm {', '.join(unknown)}; they are {', '.join(coder_language.ARMS)}")
+        print(f"--arms has {', '.join(unknown)}; they are {', '.join(coder_language.ARMS)}", file=sys.stderr)
+        sys.exit(2)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
