@@ -112,11 +112,12 @@ def test_the_planned_memory_is_what_the_run_takes(mesh: dict[str, int]) -> None:
 
 
 RUN = """
-import json, pathlib, re, sys
+import ctypes, json, pathlib, re, sys, time
 import jax, jax.numpy as jnp
 from test_plan import allocating
 from dsjax.train.pretrain import batch_shapes, build
 def status(key):
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and is kept for the next allocation is no one's
     return int(re.search(key + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 cfg = allocating()
 mesh, trainer = build(cfg, jax.devices())
@@ -127,7 +128,11 @@ before = status("VmRSS")
 state = init(0)
 data = jax.tree.map(lambda s: jax.device_put(jnp.ones(s.shape, s.dtype), s.sharding), batch)
 jax.block_until_ready((state, data))
-resident = status("VmRSS") - before
+held = []
+for _ in range(10):  # what computed it lets go of its room a moment after the result is there
+    time.sleep(0.1)
+    held.append(status("VmRSS") - before)
+resident = min(held)
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 jax.block_until_ready(step(state, data, jnp.int32(10)))
 print(json.dumps({"state": resident, "step": status("VmHWM") - before}))
@@ -149,7 +154,7 @@ def test_the_planned_memory_is_what_the_process_really_gets() -> None:
     done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True, env=with_paths())
     real = json.loads(done.stdout)
     parts = plan["hbm_breakdown_bytes"]
-    assert real["state"] / 8 == pytest.approx(parts["parameters"] + parts["optimizer"] + parts["batch"], rel=0.1)
+    assert real["state"] / 8 == pytest.approx(parts["parameters"] + parts["optimizer"] + parts["batch"], rel=0.02)
     # Devices do not reach their peaks at the same moment, and pages that are never touched are never there.
     assert 0.6 < real["step"] / 8 / plan["hbm_bytes_per_chip"] < 1.15
 
@@ -158,7 +163,8 @@ def with_paths() -> dict[str, str]:
     root = pathlib.Path(__file__).parent.parent
     paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": flags}
+    # One arena of malloc: as many as threads, each with what it keeps for later, are a tenth of the whole.
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_FLAGS": flags, "MALLOC_ARENA_MAX": "1"}
 
 
 # ---------------------------------------------------------------- against hand arithmetic
