@@ -291,7 +291,7 @@ def _on_devices(config: DecoderConfig, compute: ComputeConfig, variables: Any, a
     rows = mesh.shape["data"] * mesh.shape["expert"]
     there = placed(graph, joined(params, buffers), mesh, rows)
     return LoadedModel(
-        graph=graph,
+        graph=there.graph,
         params=there.place(variables),
         config=config,
         compute=compute,

@@ -114,11 +114,13 @@ def test_it_aims_at_the_drop_rate() -> None:
     assert fixed > 0.01  # the smallest factor would not do
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class OtherBatch(Batch):
     """Another kind."""
 
 
-def test_each_factor_and_kind_of_batch_is_compiled_once_and_told_of() -> None:
+def test_each_factor_kind_and_shape_of_batch_is_compiled_once_and_told_of() -> None:
     compiled, said = [], []
     ints, weights = np.zeros((1, 2), np.int32), np.zeros((1, 2), np.float32)
     plain, other = (kind(ints, ints, weights, Documents(ints, ints)) for kind in (Batch, OtherBatch))
@@ -127,7 +129,7 @@ def test_each_factor_and_kind_of_batch_is_compiled_once_and_told_of() -> None:
         compiled.append((batch, factor))
         return lambda state, batch, total: (state, {"factor": factor})
 
-    steps = CompiledSteps(compile_for, {2.0: lambda *_: (None, {"factor": 2.0})}, said.append)
+    steps = CompiledSteps(compile_for, plain, {2.0: lambda *_: (None, {"factor": 2.0})}, said.append)
     taken = [2.0, 1.25, 2.0, 1.0, 1.25, 1.0]
     assert [steps(None, plain, None, factor)[1]["factor"] for factor in taken] == taken
     assert [(batch is plain, factor) for batch, factor in compiled] == [(True, 1.25), (True, 1.0)]
@@ -135,7 +137,11 @@ def test_each_factor_and_kind_of_batch_is_compiled_once_and_told_of() -> None:
     for _ in range(2):
         assert steps(None, other, None, None)[1]["factor"] is None
     assert [(batch is other, factor) for batch, factor in compiled[2:]] == [(True, None)]
-    assert said[2:] == ["a OtherBatch: compiling a step for it"]
+    longer = jax.tree.map(lambda x: np.concatenate([x, x], axis=1), other)
+    for _ in range(2):
+        assert steps(None, longer, None, None)[1]["factor"] is None
+    assert [batch is longer for batch, _ in compiled[2:]] == [False, True]
+    assert said[2:] == [f"a OtherBatch of (1, {length}): compiling a step for it" for length in (2, 4)]
 
 
 # ---------------------------------------------------------------- runs

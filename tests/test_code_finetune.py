@@ -32,7 +32,7 @@ from dsjax.rl.risk import Candidates, JudgedBatch, expected_risk, risk, target_l
 from dsjax.rl.rollout import Rollout, Sampler
 from dsjax.rl.sandbox import Program, Sandbox
 from dsjax.sharding import MeshConfig, make_mesh
-from dsjax.train.candidates import Agenda, Prompt, RiskConfig, candidate_rows, prompts_of, row_length, with_candidates
+from dsjax.train.candidates import Agenda, Prompt, RiskConfig, candidate_rows, longest_row, prompts_of, with_candidates
 from dsjax.train.code_finetune import joint_loss
 from dsjax.train.curriculum import (
     CourseConfig,
@@ -95,7 +95,7 @@ def model_of(chunk: int = 0) -> Decoder:
 
 
 def rollout_of(tokens: list[int], *, ended: bool) -> Rollout:
-    return Rollout(tuple(tokens), tuple(-1.0 for _ in tokens), "", ended)
+    return Rollout(tuple(tokens), (-1.0,) * (len(tokens) + ended), "", ended)
 
 
 def some_candidates(P: int = 2, K: int = 3, T: int = 12, seed: int = 0) -> Candidates:
@@ -193,15 +193,16 @@ def test_without_candidates_the_loss_is_cross_entropy() -> None:
 
 def test_rows_of_candidates_by_hand() -> None:
     found = [
-        [Rollout((7, 8), (-0.5, -1.0), "", True), Rollout((7, 8), (-0.5, -1.0), "", True)],
-        [Rollout((5,), (-2.0,), "", False), Rollout((), (), "", True)],
+        [Rollout((7, 8), (-0.5, -1.0, -0.1), "", True), Rollout((7, 8), (-0.5, -1.0, -0.1), "", True)],
+        [Rollout((5,), (-2.0,), "", False), Rollout((), (-3.0,), "", True)],
     ]
     rows = candidate_rows([[END, 3], [END, 4]], found, [[0.25, 0.25], [None, 1.0]], length=6, end_id=END)
     assert rows.tokens_PKT[0, 0].tolist() == [0, 3, 7, 8, 0, 0]
     assert rows.targets_PKT[0, 0].tolist() == [3, 7, 8, 0, 0, 0]
     assert rows.learned_PKT[0, 0].tolist() == [0, 1, 1, 1, 0, 0]  # the text and its end, not the prompt
     assert rows.ids_PKT[0, 0].tolist() == [1, 1, 1, 1, 0, 0]
-    assert np.isnan(rows.told_PKT[0, 0]).tolist() == [True, False, False, True, True, True]
+    np.testing.assert_array_equal(rows.told_PKT[0, 0], np.float32([np.nan, -0.5, -1.0, -0.1, np.nan, np.nan]))
+    assert rows.told_PKT[1, :, 1].tolist() == [-2.0, -3.0]
     assert rows.learned_PKT[1, 0].tolist() == [0, 1, 0, 0, 0, 0]  # cut off: no end to be learned
     assert rows.learned_PKT[1, 1].tolist() == [0, 1, 0, 0, 0, 0]  # nothing but its end
     # a text that was there already, and one of which nothing is known, do not count
@@ -210,7 +211,7 @@ def test_rows_of_candidates_by_hand() -> None:
 
 
 def test_prompts_without_any_verdict_have_no_weight() -> None:
-    found = [[Rollout((7,), (-1.0,), "", True)] * 2] * 2
+    found = [[Rollout((7,), (-1.0, -0.1), "", True)] * 2] * 2
     rows = candidate_rows([[END]] * 2, found, [[None, None], [1.0, 0.0]], length=4, end_id=END)
     assert rows.weight_P.tolist() == [0.0, 1.0]
     nothing = candidate_rows([[END]] * 2, found, [[None, None]] * 2, length=4, end_id=END)
@@ -241,9 +242,9 @@ def test_more_places_than_problems_take_them_again() -> None:
 def test_rows_have_few_lengths() -> None:
     problem = Problem("", "", "", "", "f", [])
     prompts = [Prompt(problem, tuple(range(n)), 0.0) for n in (3, 70)]
-    assert row_length(prompts, 50, 256, 1) == 128
-    assert row_length(prompts, 50, 256, 4) == 256
-    assert row_length(prompts, 50, 120, 1) == 120
+    assert longest_row(prompts, 50, 256, 1) == 128
+    assert longest_row(prompts, 50, 256, 4) == 256
+    assert longest_row(prompts, 50, 120, 1) == 120
 
 
 @functools.cache

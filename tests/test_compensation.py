@@ -83,6 +83,20 @@ def test_it_scales_each_expert_of_each_layer_and_nothing_else() -> None:
     assert not jax.tree.leaves(state)
 
 
+def test_experts_that_a_loss_made_no_use_of_are_left_alone() -> None:
+    names = ("layers", "expert", "embed", "mlp")
+    group = {"ffn": {"w_gate": names}}
+    tx = compensate_experts(1.0, 9.0, {"group_0": group, "multi_token": {"block": group}, "critic": {"group_0": group}})
+    ones = {"ffn": {"w_gate": jnp.ones((1, 2, 3, 5))}}
+    gradients = {"group_0": ones, "multi_token": {"block": ones}, "critic": {"group_0": ones}}
+    router = {"group_0": sums([[2, 6]]), "critic/group_0": sums([[6, 2]])}
+    found, _ = tx.update(gradients, tx.init(gradients), None, router=router)
+    first = jax.tree.map(lambda x: x[0, :, 0, 0].tolist(), found)
+    assert first["group_0"]["ffn"]["w_gate"] == pytest.approx([2, 2 / 3])
+    assert first["critic"]["group_0"]["ffn"]["w_gate"] == pytest.approx([2 / 3, 2])
+    assert first["multi_token"]["block"]["ffn"]["w_gate"] == [1, 1]
+
+
 def test_the_norm_that_is_clipped_is_that_of_the_compensated_gradient() -> None:
     cfg = OptimConfig(clip_norm=1.0, expert_compensation=1.0)
     axes = {"group_0": {"ffn": {"w_gate": ("layers", "expert", "embed", "mlp")}}}

@@ -11,8 +11,9 @@ from models import DENSE, EVERYTHING, V, graph, logits, weights
 
 from dsjax.data.prepare import HeldOut
 from dsjax.evals.bits import bits_per_byte, document_bits
-from dsjax.evals.functions import cut_body, function_prompts, parses, wilson_interval
+from dsjax.evals.functions import function_prompts, parses, wilson_interval
 from dsjax.evals.report import markdown
+from dsjax.rl.completions import cut_body
 
 
 def held_out(*ids: list[int]) -> tuple[HeldOut, ...]:

@@ -64,6 +64,15 @@ def test_the_plan_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @forgiving_the_tools
+def test_what_can_be_checked_is_learned(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, printed = run("03_r1", tmp_path, monkeypatch)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert printed.count(" before, ") == 3
+    assert printed.count("right: ") == 6
+    assert "countdown 4:  reach " in printed
+
+
+@forgiving_the_tools
 def test_the_checkpoint_goes_there_and_back(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, printed = run("04_checkpoints", tmp_path, monkeypatch)
     assert any("image/png" in output.get("data", {}) for output in outputs), "the likeliest tokens are plotted"

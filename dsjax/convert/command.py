@@ -71,6 +71,8 @@ def run(request: Request) -> int:
             tensors = RunTensors(RunFolder(request.source))
             size = None if not request.max_shard_size else parsed_size(request.max_shard_size)
             run_to_hf(tensors, request.target, ExportOptions(size, request.dtype, request.keep_fp8), shown(bar))
+            if tensors.has_values:
+                bar.note(f"left out: what makes the values of {request.source}, for which the layout has no place")
         else:
             folder = HFFolder(request.source)
             options = Options(request.mesh, request.keep_fp8)

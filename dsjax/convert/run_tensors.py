@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from dsjax.runs import RunFolder
 class RunTensors:
     """The tensors that the checkpoint of a run has in Hugging Face's layout, each read when asked for.
 
+    What makes a model's values has no place there: it is left out.
+
     Args:
         run: the run.
 
@@ -32,8 +35,10 @@ class RunTensors:
     """
 
     def __init__(self, run: RunFolder):
-        self.run, self.config = run, run.read_config()
-        self.step, self.about = self._latest()
+        config = run.read_config()
+        self.has_values = config.model.values != "none"
+        self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, values="none"))
+        self.run, (self.step, self.about) = run, self._latest(run)
         variables = variables_of(self.config.model)
         self._arrays: StoredArrays | MergedArrays
         if "base" in self.about:
@@ -57,12 +62,12 @@ class RunTensors:
         self._kept = {n: files for files in (self.origin.kept.values() if self.origin else ()) for n in files}
         self._block = block_size(self.hf_config)
 
-    def _latest(self) -> tuple[int, dict[str, Any]]:
+    @staticmethod
+    def _latest(run: RunFolder) -> tuple[int, dict[str, Any]]:
         """The step to take, and the body of its manifest: the last one that verifies.
 
         What a conversion wrote is verified when it is read, file by file, and not read twice.
         """
-        run = self.run
         with contextlib.closing(run.open_checkpoints()) as checkpoints:
             step = max(checkpoints.steps(), default=None)
             if step is not None:

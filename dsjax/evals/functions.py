@@ -62,21 +62,6 @@ def function_prompts(documents: Sequence[HeldOut], limit: int, seed: int = 0) ->
     return [found[i] for i in order]
 
 
-def cut_body(text: str, indent: int, *, ended: bool) -> tuple[str, bool]:
-    """The body at the front of a continuation, and whether it is finished.
-
-    A body ends before the first line that is not empty and indented no deeper than ``def``; ``ended`` says that the
-    text stopped by itself. An unfinished body loses its last line, which may be cut.
-    """
-    lines = text.splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        content = line.strip()
-        complete = line.endswith(("\n", "\r")) or number + 1 < len(lines) or ended
-        if content and not content.startswith("#") and complete and len(line) - len(line.lstrip()) <= indent:
-            return "".join(lines[:number]), True
-    return ("".join(lines), True) if ended else ("".join(lines[:-1]), False)
-
-
 def parses(prompt: FunctionPrompt, body: str) -> bool:
     """Whether signature and body together are a valid function with at least one statement in the body."""
     tree = _parse(textwrap.dedent(" " * prompt.indent + prompt.head.lstrip() + body))

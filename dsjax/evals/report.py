@@ -16,11 +16,12 @@ from dsjax.data.prepare import Corpus, HeldOut
 from dsjax.data.structure.stored import prepared, scanner
 from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.evals.compressors import xz_bits
-from dsjax.evals.functions import FunctionPrompt, cut_body, function_prompts, parses, wilson_interval
+from dsjax.evals.functions import FunctionPrompt, function_prompts, parses, wilson_interval
 from dsjax.evals.ngram import KneserNey
 from dsjax.infer.engine import complete, heal
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.metrics import Progress, plot_loss, read_metrics, write_atomic
+from dsjax.rl.completions import cut_body
 from dsjax.runs import LoadedModel, RunFolder, cache_dir, load_model
 
 NGRAM_ORDER = 5

@@ -6,22 +6,19 @@ and answered by a program; with ``chat`` it is a user's message, and the answer'
 
 from __future__ import annotations
 
-import ast
 import collections
 import dataclasses
 import importlib.util
 import itertools
 import json
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from dsjax.config import UserError, validate
-from dsjax.data.tasks import Task, stream
+from dsjax.data.tasks import stream
 from dsjax.evals.code_bleu import code_bleu
 from dsjax.evals.code_scores import bleu, combined_score, score
-from dsjax.evals.functions import cut_body
 from dsjax.evals.pass_at_k import PassAtK, estimate
 from dsjax.infer.batching import Engine
 from dsjax.infer.command import template_of
@@ -31,13 +28,13 @@ from dsjax.infer.requests import Request
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.loaded import LoadedModel, load
 from dsjax.metrics import Progress, write_atomic
+from dsjax.rl.completions import ASKED, docstring, problem_of, program_of
 from dsjax.rl.programs import Problem, read_problems
 from dsjax.rl.sandbox import Program, Sandbox, Verdict
 
 Benchmark = Literal["humaneval", "mbpp", "tasks"]
 ROWS = 16  # programs that are written at a time
 NUM_TASKS = 200  # of generated ones, if not said
-ASKED = "Write a Python function. Answer with one block of code.\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +163,6 @@ def problems_of(cfg: WrittenPrograms) -> list[Asked]:
     return asked[: cfg.limit] if cfg.limit else asked
 
 
-def problem_of(task: Task) -> Problem:
-    """A generated task as something to be solved."""
-    return Problem(task.name, task.prompt, task.prompt, "", task.entry_point, task.tests, task.solution)
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -193,45 +185,9 @@ def _prompt(problem: Problem, cfg: WrittenPrograms, model: LoadedModel) -> list[
     return [*begin, *tokenizer.encode(problem.prefix or docstring(problem)).tolist()]
 
 
-def docstring(problem: Problem) -> str:
-    """What a base model is shown of a problem that begins no function: its text, and how the function is called."""
-    shown = problem.text.strip()
-    if isinstance(problem.tests, str):
-        first = next((node for node in ast.walk(ast.parse(problem.tests)) if isinstance(node, ast.Assert)), None)
-        shown += f"\n{ast.unparse(first)}" if first is not None else ""
-    elif problem.entry_point not in shown:
-        shown += f"\nThe function is called {problem.entry_point}."
-    quotes = "'''" if '"""' in shown else '"""'
-    return f"{quotes}\n{shown}\n{quotes}\n"
-
-
-def program_of(problem: Problem, text: str, ended: bool, chat: bool = False) -> str:
-    """The program in a model's text, which had come to its end or not."""
-    if chat:
-        block = re.search(r"```[^\n]*\n(.*?)(```|\Z)", text, re.DOTALL)
-        begun = re.search(rf"^(async )?def {re.escape(problem.entry_point)}\b", problem.prefix, re.MULTILINE)
-        # The function is written whole; what the problem has in front of its own beginning of it goes ahead.
-        return (problem.prefix[: begun.start()] if begun else "") + (block[1] if block else text)
-    if problem.prefix:
-        return problem.prefix + cut_body(text, 0, ended=ended)[0]
-    return cut_program(text, ended=ended)
-
-
 def whole(problem: Problem, code: str) -> Program:
     """What the sandbox is given."""
     return dataclasses.replace(problem, prefix="").program(code)
-
-
-def cut_program(text: str, *, ended: bool) -> str:
-    """The definitions, imports and assignments at the front of a text: what a base model writes before it goes on to
-    call them, or to the next problem."""
-    lines = text.splitlines(keepends=True)
-    if not ended and lines and not lines[-1].endswith("\n"):
-        lines = lines[:-1]
-    for number, line in enumerate(lines):
-        if re.match(r"(assert|print|if __name__)\b|'''|\"\"\"|```|# In\[", line):
-            return "".join(lines[:number])
-    return "".join(lines)
 
 
 Texts = list[tuple[str, bool]]  # of each sample: what was written, and whether it had come to its end

@@ -21,13 +21,13 @@ from dsjax.infer.decoding import decode, warm_up
 from dsjax.infer.detokenize import Detokenizer
 from dsjax.infer.engine import lanes_of, placed
 from dsjax.infer.pages import Layout, Prefix, Prefixes, Tables, account, moves
+from dsjax.infer.prefill import extend, features_of
 from dsjax.infer.programs import block_widths, make_programs
 from dsjax.infer.reading import at_start, later
 from dsjax.infer.requests import Completion, Counts, Event, Request, Running, collected
 from dsjax.infer.speculation import Behind, behind_shardings, num_drafting, num_kept
 from dsjax.infer.written_out import is_better, written_out
 from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
-from dsjax.nn.fields import NUM_FIELDS
 from dsjax.nn.masks import parts_of
 from dsjax.nn.structure import Scopes
 from dsjax.sharding import MeshConfig, host_array_to_global, make_mesh
@@ -55,6 +55,8 @@ class Engine:
         top_log_probs: how many of the likeliest tokens a request may ask for at each place.
         pause: seconds without a token that decoding several at a time is not to exceed; None: any.
         draft: tokens that the model's modules of multi-token prediction draft in a step; 0: none.
+        tell_experts: tell of each continuation which experts its positions went to; a model without experts has nothing
+            to tell.
 
     Raises:
         UserError: there are no modules to draft with, the model can not take positions back, or is told of no text.
@@ -77,6 +79,7 @@ class Engine:
         top_log_probs: int = 0,
         pause: float | None = None,
         draft: int = 0,
+        tell_experts: bool = False,
     ):
         mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
         there = placed(graph, params, mesh, batch_size)
@@ -85,10 +88,8 @@ class Engine:
         self.tokenizer, self.top_log_probs = tokenizer, min(top_log_probs, there.model.cfg.vocab_size)
         self._at_start, self.scoped = at_start(there.model.cfg.structure, tokenizer), there.model.cfg.scoped
         self.reads = self._at_start is not None
-        self.mesh, self.rules, self.params = there.mesh, there.rules, there.place(params)
-        if is_better(self.mesh):
-            graph, self.params = written_out(graph, self.params, self.mesh)
-        self.graph = graph
+        self.mesh, self.rules, self._placed = there.mesh, there.rules, there
+        self.give(params)
         self.parts = tuple(math.prod(self.mesh.shape[a] for a in axes) for axes in (self.rules.batch, self.rules.slots))
         if page_size is None:  # a CPU reads small pages as fast, and less of them is unused
             page_size = 16 if self.mesh.devices.flat[0].platform == "cpu" else PAGE_SIZE
@@ -97,7 +98,10 @@ class Engine:
         # With states, or pages that are written again, a prefix can be taken up only where it was left for that.
         self._has_state = any(g.attention.segmented is not None or g.attention.conv_taps > 1 for g in groups)
         self.prefixes = Prefixes(self.chunk if self._has_state else stride, self._release, self.num_drafting)
-        self.programs = make_programs(graph, self.mesh, self.rules, len(groups), draft, self.num_drafting, self.scoped)
+        self.tell_experts = tell_experts and bool(there.model.cfg.experts())
+        self.decisions = (there.model.cfg.decisions, there.model.cfg.decision_dtype)
+        options = (draft, self.num_drafting, self.scoped, self.tell_experts)
+        self.programs = make_programs(self.graph, self.mesh, self.rules, len(groups), *options)
         self._make_cache(there.model, there.dtype, batch_size, page_size, num_positions or batch_size * max_length)
         self.rows: list[Running | None] = [None] * batch_size
         self.waiting: deque[Running] = deque()
@@ -125,6 +129,23 @@ class Engine:
         )
         self.behind: Behind = jax.jit(zeros, out_shardings=behind_shardings(self.mesh, self.rules))()
         self.lengths_B = np.zeros(batch_size, np.int32)
+
+    # ------------------------------------------------------------ weights
+
+    def give(self, params: Any) -> None:
+        """The weights to use from now on, of the same model; those that lie where they are wanted are not copied.
+
+        Nothing may be running, and what is known of prompts must have been forgotten.
+        """
+        self.graph, self.params = self._placed.graph, self._placed.place(params)
+        if is_better(self.mesh):
+            self.graph, self.params = written_out(self.graph, self.params, self.mesh)
+
+    def forget(self) -> None:
+        """Lets go of the weights, which their owner may change then, and of what was computed with them."""
+        self.params = None
+        while self.prefixes.forget():
+            pass
 
     # ------------------------------------------------------------ requests
 
@@ -214,7 +235,7 @@ class Engine:
         assert not self.busy
         for width in block_widths(self.chunk):
             for rows in sorted({1, self._rows_beside(width)}):
-                self._extend({}, width, rows)
+                extend(self, {}, width, rows)
         warm_up(self)
         state = self.programs.state(self.cache, 0)
         for taken in (None, state):
@@ -303,6 +324,8 @@ class Engine:
         running.begun = max(last.length - self.num_drafting, 0) if running.decodes else last.length
         self.counts.reused += last.length
         running.begin_reading()
+        if self.tell_experts:
+            running.begin_telling(*self.decisions, [prefix.experts for prefix in chain])
         self._place(row, running.tokens, last.length, last.state)
         if running.decodes:
             self._set_behind(running, last.behind)
@@ -311,7 +334,7 @@ class Engine:
     def _place(self, row: int, tokens: list[int], length: int, state: Any) -> None:
         tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
         tokens_S[:length] = tokens[:length]
-        told_SC = self._told(row, len(tokens), length, len(tokens_S)) if self.scoped else None
+        told_SC = features_of(self.rows[row], len(tokens), length, len(tokens_S)) if self.scoped else None
         self.cache = self.programs.place(self.cache, row, tokens_S, state, told_SC)
 
     def _set_behind(self, running: Running, of_row: Behind | None = None) -> None:
@@ -379,7 +402,7 @@ class Engine:
             chosen = [[r for r in rs if counts[r.row] <= width][:beside] for rs in by_part]
             rows = beside if max(map(len, chosen)) > 1 else 1
             parts = {r.row: r for rs in chosen for r in rs[:rows]}
-            self._extend({row: (r.tokens[r.filled :], counts[row]) for row, r in parts.items()}, width, rows)
+            extend(self, {row: (r.tokens[r.filled :], counts[row]) for row, r in parts.items()}, width, rows)
             for row, r in parts.items():
                 self.counts.prefilled += counts[row]
                 r.filled += counts[row]
@@ -387,33 +410,6 @@ class Engine:
                 if r.decodes and r.num_new == 0:
                     self._set_behind(r)
             room -= rows * width
-
-    def _extend(self, tokens: dict[int, tuple[list[int], int]], width: int, rows: int) -> None:
-        """Computes tokens of some rows, by row all that are left and how many, behind what the cache holds of them.
-
-        ``rows`` of each batch part.
-        """
-        own, R = self.tables.rows_of_part, self.parts[0] * rows
-        tokens_RT, told = np.zeros((R, width + self.num_drafting), np.int32), list[np.ndarray]()
-        real_R, known_R, rows_R = (np.zeros(R, np.int32) for _ in range(3))
-        for part in range(self.parts[0]):
-            # Where nothing is to be done, any rows, but no row twice.
-            some = sorted(range(part * own, (part + 1) * own), key=lambda row: row not in tokens)[:rows]
-            for i, row in enumerate(some, part * rows):
-                left, num = tokens.get(row, ([], 0))
-                new = left[: num + self.num_drafting]
-                tokens_RT[i, : len(new)], real_R[i], known_R[i], rows_R[i] = new, num, len(new), row
-                told.append(self._told(row, len(left), num, width))
-        put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch"))
-        given, told_RTC = map(put, (tokens_RT, real_R, known_R, rows_R)), [put(np.stack(told))] if self.reads else []
-        self.behind, self.cache = self.programs.extend(self.params, *given, self.behind, self.current(), *told_RTC)
-
-    def _told(self, row: int, left: int, num: int, size: int) -> np.ndarray:
-        """The features of the first ``num`` of the last ``left`` tokens of a row, and zeros behind: (size, F)."""
-        told_TC, r = np.zeros((size, NUM_FIELDS), np.int16), self.rows[row]
-        if r is not None and r.reading is not None:
-            told_TC[:num] = r.reading.features_SC[len(r.tokens) - left :][:num]
-        return told_TC
 
     def _remember(self, r: Running, start: int) -> None:
         """Keeps the prefixes that the positions from ``start`` on completed, if there is room."""
@@ -452,7 +448,8 @@ class Engine:
             self.tables.pool(group, r.row, n).share(self.tables.page(group, r.row, n))
         kept = [(group, n, self.tables.page(group, r.row, n)) for group, n in shared]
         state = self.programs.state(self.cache, r.row) if self._has_state else None
-        self.prefixes.add(part, keys, Prefix(end, kept, [(g, n, page) for g, n, _, page in taken], state, behind))
+        told = None if r.experts_SLK is None else r.experts_SLK[start:end].copy()
+        self.prefixes.add(part, keys, Prefix(end, kept, [(g, n, page) for g, n, _, page in taken], state, behind, told))
 
     def _decode(self) -> list[Event]:
         """Some tokens of all requests whose tokens so far are in the cache; one, if others wait or see their first."""

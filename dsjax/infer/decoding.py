@@ -53,12 +53,14 @@ def decode(engine: Engine, active: list[Running], steps: int) -> tuple[list[Deco
         num_top=engine.top_log_probs,
     )  # fmt: skip
     tokens, count_B, taken = jax.tree.map(np.asarray, made)
+    told, tokens = tokens.experts_BTLK, dataclasses.replace(tokens, experts_BTLK=None)
     by_row = []
     for r in active:
         all_of_it = jax.tree.map(lambda x, row=r.row: x[row, : count_B[row]].tolist(), tokens)
         best = zip(all_of_it.top_BTX, all_of_it.top_log_prob_BTX, strict=True)
         top = [list(zip(*pair, strict=True)) for pair in best]
-        by_row.append(Decoded(all_of_it.token_BT, all_of_it.log_prob_BT, top, all_of_it.drafted_BT))
+        experts = None if told is None else told[r.row, : count_B[r.row]]
+        by_row.append(Decoded(all_of_it.token_BT, all_of_it.log_prob_BT, top, all_of_it.drafted_BT, experts))
     return by_row, int(taken)
 
 
@@ -136,7 +138,8 @@ def _decode_with_host(engine: Engine, active: list[Running], steps: int, given: 
     put = functools.partial(host_array_to_global, mesh=engine.mesh, spec=engine.rules.spec("batch"))
     index_B, seeds_B, settings = jax.tree.map(put, (index_B, *own))
     rows, cache = Rows(engine, active, left_B), engine.current()
-    programs = make_programs(engine.graph, engine.mesh, engine.rules, len(engine.tables.layouts), engine.scoped)
+    num_groups, tells = len(engine.tables.layouts), engine.tell_experts
+    programs = make_programs(engine.graph, engine.mesh, engine.rules, num_groups, engine.scoped, tells)
     if is_better(engine.mesh):
         _ASKED[key := next(_NUMBERS) % 2**31] = rows
         try:
@@ -156,17 +159,20 @@ def _decode_with_host(engine: Engine, active: list[Running], steps: int, given: 
                 num_top=engine.top_log_probs,
             )  # fmt: skip
             told = _told(rows, chosen, put) if engine.reads else None
-            engine.behind, cache = programs.follow(engine.params, engine.behind, cache, chosen[0], active_B, told)
-            parts.append([np.asarray(x)[:, None] for x in chosen])
+            engine.behind, cache, experts = programs.follow(
+                engine.params, engine.behind, cache, chosen[0], active_B, told
+            )
+            parts.append([np.asarray(x)[:, None] for x in (*chosen, *([experts] if tells else []))])
             if not engine.reads:
                 rows.take(parts[-1][0][:, 0].tolist())
         made, taken = [np.concatenate(x, axis=1) for x in zip(*parts, strict=True)], len(parts)
     engine.cache, by_row = cache, []
-    token_BT, log_prob_BT, top_BTX, best_BTX = made
+    token_BT, log_prob_BT, top_BTX, best_BTX = made[:4]
     for row, count in rows.counts.items():
         pairs = zip(top_BTX[row, :count].tolist(), best_BTX[row, :count].tolist(), strict=True)
         top = [list(zip(*pair, strict=True)) for pair in pairs]
-        by_row.append(Decoded(token_BT[row, :count].tolist(), log_prob_BT[row, :count].tolist(), top, [False] * count))
+        of_tokens = (token_BT[row, :count].tolist(), log_prob_BT[row, :count].tolist(), top, [False] * count)
+        by_row.append(Decoded(*of_tokens, made[4][row, :count] if tells else None))
     return by_row, taken
 
 
@@ -184,10 +190,12 @@ class Programs:
         choose: (behind, allowed_BP, index_B, seeds_B, settings, number, num_top=) -> (token_B, log_prob_B, top_BX,
             top_log_prob_BX): token number ``index_B + number`` of each row, of those whose bits are set; the likeliest
             ones, and all probabilities, are those of the model, whatever is allowed.
-        follow: (params, behind, cache, token_B, active_B, features_BC) -> (behind, cache): what comes behind those, in
-            rows that are active. A model without structure takes no features.
+        follow: (params, behind, cache, token_B, active_B, features_BC) -> (behind, cache, experts_BLK): what comes
+            behind those, in rows that are active. A model without structure takes no features. Experts that the tokens
+            went to: if they are told, else None.
         loop: (params, behind, cache, key, allowed_BP, left_B, index_B, seeds_B, settings, steps, width=, num_top=) ->
-            (those of ``choose`` of all steps, the steps in dimension 1 of ``width``; how many steps; behind, cache):
+            (those of ``choose`` of all steps, the steps in dimension 1 of ``width``, and the experts if they are told;
+            how many steps; behind, cache):
             up to ``steps`` steps of both, in rows until they have ``left_B`` tokens, that ask the host behind each
             choice, until it says that no row goes on.
     """
@@ -198,7 +206,9 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=64)
-def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int, scoped: bool = False) -> Programs:
+def make_programs(
+    graph: Any, mesh: Mesh, rules: Rules, num_groups: int, scoped: bool = False, tell_experts: bool = False
+) -> Programs:
     """The functions for one model on one mesh; ``scoped``: of a cache with scopes."""
     within = functools.partial(use_mesh, mesh, dataclasses.replace(rules, length=()))
 
@@ -221,11 +231,12 @@ def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int, scoped:
             ids_B1 = active_B.astype(jnp.int32)[:, None]
             told = None if model.cfg.structure is None else features_BC[:, None]
             documents = Documents(ids_B1, jnp.zeros_like(ids_B1))
-            out = model(token_B[:, None], documents, features_BTC=told, cache=cache)
+            out = model(token_B[:, None], documents, features_BTC=told, cache=cache, tell_experts=tell_experts)
             logits_BV = jnp.where(active_B[:, None], model.logits(out)[:, 0], behind.logits_BV)
             num_B = active_B.astype(jnp.int32)
             new = Behind(logits_BV, with_hidden(behind.hidden_BWD, out.hidden_BTD, num_B))
-        return new, dataclasses.replace(out.cache, lengths_B=cache.lengths_B + num_B)
+        experts_BLK = out.experts_BTLK[:, 0] if tell_experts else None
+        return new, dataclasses.replace(out.cache, lengths_B=cache.lengths_B + num_B), experts_BLK
 
     def loop(params: Any, behind: Behind, cache: Cache, key: Int[Array, ""], allowed_BP: UInt8[Array, "B P"],
              left_B: Int[Array, " B"], index_B: Int[Array, " B"], seeds_B: UInt[Array, " B"], settings: RowSampling,
@@ -234,26 +245,29 @@ def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int, scoped:
         answer = jax.ShapeDtypeStruct((B, size + P + 1), jnp.uint8)
 
         def one(carry: Any) -> Any:
-            made, number, allowed_BP, _, behind, cache = carry
+            (made, told), number, allowed_BP, _, behind, cache = carry
             chosen = choose(behind, allowed_BP, index_B, seeds_B, settings, number, num_top)
             answer_BX = io_callback(_ask, answer, jnp.concatenate([key[None], chosen[0]]))
             features_BC = jax.lax.bitcast_convert_type(answer_BX[:, :size].reshape(B, NUM_FIELDS, 2), jnp.int16)
             allowed_BP, goes_on = answer_BX[:, size:-1], answer_BX[0, -1] > 0
             made = jax.tree.map(lambda all_BS, x_B: all_BS.at[:, number].set(x_B), made, chosen)
-            behind, cache = follow(params, behind, cache, chosen[0], number < left_B, features_BC)
-            return made, number + 1, allowed_BP, goes_on, behind, in_order(cache)
+            behind, cache, experts_BLK = follow(params, behind, cache, chosen[0], number < left_B, features_BC)
+            told = [all_BSLK.at[:, number].set(experts_BLK) for all_BSLK in told]
+            return (made, told), number + 1, allowed_BP, goes_on, behind, in_order(cache)
 
         shapes = (((B, width), jnp.int32), ((B, width), jnp.float32), ((B, width, num_top), jnp.int32))
         made = tuple(jnp.zeros(*shape) for shape in (*shapes, ((B, width, num_top), jnp.float32)))
-        begin = (made, jnp.int32(0), allowed_BP, jnp.array(True), behind, cache)
-        made, number, _, _, behind, cache = jax.lax.while_loop(lambda carry: (carry[1] < steps) & carry[3], one, begin)
-        return made, number, behind, cache
+        cfg = nnx.merge(graph, stacked(params)).cfg if tell_experts else None
+        told = [] if cfg is None else [jnp.zeros((B, width, *cfg.decisions), cfg.decision_dtype)]
+        begin = ((made, told), jnp.int32(0), allowed_BP, jnp.array(True), behind, cache)
+        found, number, _, _, behind, cache = jax.lax.while_loop(lambda carry: (carry[1] < steps) & carry[3], one, begin)
+        return (*found[0], *found[1]), number, behind, cache
 
     whole = replicated(mesh)  # every process reads them
     there = behind_shardings(mesh, rules), cache_shardings(num_groups, mesh, rules, Scopes(0, 0) if scoped else None)
     return Programs(
         choose=jax.jit(choose, static_argnames="num_top", out_shardings=whole),
-        follow=jax.jit(follow, donate_argnames=("behind", "cache"), out_shardings=there),
+        follow=jax.jit(follow, donate_argnames=("behind", "cache"), out_shardings=(*there, whole)),
         loop=jax.jit(
             loop,
             donate_argnames=("behind", "cache"),

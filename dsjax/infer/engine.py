@@ -19,6 +19,7 @@ from dsjax.config import UserError
 from dsjax.data.structure.scanner import Scanner
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.sampling import SamplingConfig, sample
+from dsjax.models.decoder import without_values
 from dsjax.nn.cache import PAGE_SIZE, Cache, cache_shardings
 from dsjax.nn.fields import NUM_FIELDS
 from dsjax.nn.masks import Documents
@@ -41,8 +42,12 @@ from dsjax.sharding import (
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A model on devices: abstract variables with shardings, each in the dtype that it is used in; mesh and rules."""
+    """A model on devices: abstract variables with shardings, each in the dtype that it is used in; mesh and rules.
 
+    What makes values is not placed: ``graph``, ``model`` and ``shapes`` are without it.
+    """
+
+    graph: Any
     model: Any
     shapes: Any
     mesh: Mesh
@@ -50,12 +55,15 @@ class Placed:
     dtype: Any
 
     def place(self, params: Any) -> Any:
-        """``params``, buffers included, on their devices, cast once to the dtype that each is used in."""
+        """``params``, buffers included, on their devices, cast once to the dtype that each is used in.
+
+        What is there already, in that dtype, is not copied. Those of values are left out.
+        """
 
         def put(x: Any, like: Any) -> jax.Array:
             return jax.device_put(x if x.dtype == like.dtype else x.astype(like.dtype), like.sharding)
 
-        return jax.tree.map(put, params, self.shapes)
+        return jax.tree.map(put, {name: params[name] for name in self.shapes}, self.shapes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +164,7 @@ def placed(
         UserError: batch, heads or weights do not divide over the mesh.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    graph, abstract = without_values(graph, abstract)
     model = nnx.merge(graph, abstract)
     dtype = jnp.dtype(dtype or model.compute.dtype)
     heads = [g.attention.inference_heads for g in model.cfg.groups]
@@ -167,7 +176,7 @@ def placed(
         shardings(abstract, axes, mesh, rules),
         axes,
     )
-    return Placed(model, shapes, mesh, rules, dtype)
+    return Placed(graph, model, shapes, mesh, rules, dtype)
 
 
 def _generator(graph, variables, mesh, batch_size, slots, dtype=None, rules=INFERENCE) -> Generator:
@@ -180,7 +189,7 @@ def _generator(graph, variables, mesh, batch_size, slots, dtype=None, rules=INFE
         cache,
         cache_shardings(num_groups, mesh, rules, cache.scopes),
     )
-    programs = _programs(graph, mesh, rules, slots, dtype, num_groups, model.cfg.scoped)
+    programs = _programs(there.graph, mesh, rules, slots, dtype, num_groups, model.cfg.scoped)
     return Generator(*programs, placed=there, cache_shapes=cache_shapes)
 
 

@@ -224,6 +224,7 @@ class Prefix:
         state: whatever else belongs to a row; None: nothing does.
         behind: what is known behind a whole prompt (:class:`dsjax.infer.speculation.Behind`); None: it must be computed
             again.
+        experts: what routers decided of the tokens since the prefix before it, (tokens, L, K); None: it is not told.
     """
 
     length: int
@@ -231,6 +232,7 @@ class Prefix:
     copied: list[tuple[int, int, int]]
     state: Any = None
     behind: Any = None
+    experts: Int[np.ndarray, "S L K"] | None = None
 
 
 class Prefixes:

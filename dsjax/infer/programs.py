@@ -26,10 +26,11 @@ class Programs:
     """Each takes the cache, and what is known behind it, and gives them back changed in place.
 
     Attributes:
-        extend: (params, tokens_RT, real_R, known_R, rows_R, behind, cache, features_RTC) -> (behind, cache): the first
-            ``real_R`` of T tokens of some rows behind what the cache holds of them, and what comes behind those
-            (:class:`dsjax.infer.speculation.Behind`). What modules keep depends on further tokens: ``known_R`` are
-            known, and there is room for one more of each module. Features: of a model with structure, else None.
+        extend: (params, tokens_RT, real_R, known_R, rows_R, behind, cache, features_RTC, experts_RTLK) -> (behind,
+            cache, experts_RTLK): the first ``real_R`` of T tokens of some rows behind what the cache holds of them, and
+            what comes behind those (:class:`dsjax.infer.speculation.Behind`). What modules keep depends on further
+            tokens: ``known_R`` are known, and there is room for one more of each module. Features: of a model with
+            structure, else None. Experts, if they are told: those that are known already are used again.
         decode: (params, behind, cache, left_B, known_B, seeds_B, index_B, settings, steps, width=, num_top=) ->
             ((tokens, counts_B, steps), behind, cache): up to ``steps`` steps, until each row has at least ``left_B``
             tokens, number ``index_B`` and on (:class:`dsjax.infer.speculation.Tokens`, of ``width``), and how many
@@ -52,23 +53,23 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=64)  # a jitted function holds its programs: who asks again compiles nothing
-def make_programs(
-    graph: Any, mesh: Mesh, rules: Rules, num_groups: int, draft: int = 0, num_drafting: int = 0, scoped: bool = False
-) -> Programs:
+def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int, draft: int = 0, num_drafting: int = 0,
+                  scoped: bool = False, tell_experts: bool = False) -> Programs:  # fmt: skip
     """The functions for one model on one mesh, with ``draft`` drafts a step, of so many of its modules.
 
-    ``scoped``: its cache has scopes.
+    ``scoped``: its cache has scopes. ``tell_experts``: which experts each token went to comes out, too.
     """
     within = functools.partial(use_mesh, mesh, dataclasses.replace(rules, length=()))
     cache = cache_shardings(num_groups + num_drafting, mesh, rules, Scopes(0, 0) if scoped else None)
     behind, whole = behind_shardings(mesh, rules), replicated(mesh)
 
-    def extend(params, tokens_RT, real_R, known_R, rows_R, behind, cache, features_RTC=None):
+    def extend(params, tokens_RT, real_R, known_R, rows_R, behind, cache, features_RTC=None, experts_RTLK=None):
         with within():
             model, T = nnx.merge(graph, stacked(params)), tokens_RT.shape[1] - num_drafting
             positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (len(tokens_RT), T))
             ids_RT, some = (positions_RT < real_R[:, None]).astype(jnp.int32), some_rows(cache, rows_R)
-            out = model(tokens_RT[:, :T], Documents(ids_RT, positions_RT), features_BTC=features_RTC, cache=some)
+            given = {"features_BTC": features_RTC, "experts_BTLK": experts_RTLK, "tell_experts": tell_experts}
+            out = model(tokens_RT[:, :T], Documents(ids_RT, positions_RT), cache=some, **given)
             hidden_RTD, own = out.hidden_BTD, out.cache
             for n in range(num_drafting):
                 seen_RT = (positions_RT < jnp.minimum(real_R, known_R - n - 1)[:, None]).astype(jnp.int32)
@@ -80,7 +81,8 @@ def make_programs(
             old = jax.tree.map(lambda x: x[rows_R], behind)
             new_RV = jnp.where(real_R[:, None] > 0, new_R1V[:, 0], old.logits_BV)
             new = Behind(new_RV, with_hidden(old.hidden_BWD, out.hidden_BTD, real_R))
-        return jax.tree.map(lambda x, y: x.at[rows_R].set(y), behind, new), with_rows(cache, rows_R, own)
+        behind = jax.tree.map(lambda x, y: x.at[rows_R].set(y), behind, new)
+        return behind, with_rows(cache, rows_R, own), out.experts_BTLK
 
     def decode(params, behind: Behind, cache: Cache, left_B: Int[Array, B], known_B: Int[Array, B],
                seeds_B: Int[Array, B], index_B: Int[Array, B], settings: RowSampling, steps: Int[Array, ""],
@@ -98,13 +100,14 @@ def make_programs(
                 model, active_B = nnx.merge(graph, stacked(params)), count_B < left_B
                 keys_BT = keys_of(keys_B, (index_B + count_B)[:, None] + jnp.arange(1 + draft))
                 new, num_B, behind, cache = speculate(
-                    model, behind, known_B, cache, active_B, keys_BT, settings, num_top
+                    model, behind, known_B, cache, active_B, keys_BT, settings, num_top, tell_experts
                 )
                 tokens, known_B = tokens.followed_by(new, count_B, num_B), jnp.minimum(known_B + num_B, W)
             cache = in_order(cache) if is_better(mesh) else cache
             return (tokens, count_B + num_B, number + 1), behind, cache, known_B
 
-        made = (Tokens.none(B, width, num_top), jnp.zeros(B, jnp.int32), jnp.int32(0))
+        telling = nnx.merge(graph, stacked(params)).cfg if tell_experts else None
+        made = (Tokens.none(B, width, num_top, telling), jnp.zeros(B, jnp.int32), jnp.int32(0))
         return jax.lax.while_loop(goes_on, one, (made, behind, cache, known_B))[:3]
 
     def copy(cache, sources, targets):
@@ -113,7 +116,7 @@ def make_programs(
 
     of_row = Behind(NamedSharding(mesh, rules.spec("vocab")), whole)
     return Programs(
-        extend=jax.jit(extend, donate_argnames=("behind", "cache"), out_shardings=(behind, cache)),
+        extend=jax.jit(extend, donate_argnames=("behind", "cache"), out_shardings=(behind, cache, whole)),
         decode=jax.jit(
             decode,
             donate_argnames=("behind", "cache"),

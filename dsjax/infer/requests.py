@@ -122,6 +122,9 @@ class Event:
         text: that became certain (empty if the engine has no tokenizer).
         top: for each token the likeliest ones with their log-probabilities, best first.
         drafts: that these tokens took.
+        end_log_prob: what the model gave the token that ended it; None: none did.
+        experts: with the last one, of an engine that tells them: the experts that each position of prompt and text went
+            to, (positions, L, K), as :class:`dsjax.models.output.DecoderOutput` has them; else None.
         finish: why there is no more; None: there is. ``end``: an end token; ``stop``: a stop string; ``length``: as
             many tokens as were asked for, or as fit; ``cancelled``.
     """
@@ -133,6 +136,8 @@ class Event:
     text: str = ""
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     drafts: Drafts = Drafts()
+    end_log_prob: float | None = None
+    experts: np.ndarray | None = dataclasses.field(default=None, compare=False)
     finish: Finish | None = None
 
     @property
@@ -147,7 +152,8 @@ class Running:
 
     ``keys`` are those of its prefixes on the batch part of its row. What modules draft from is known of the positions
     from ``begun`` on. With structure, ``read_prompt`` reads the prompt once for all samples, and ``reading`` is where
-    this one is.
+    this one is. ``experts_SLK`` are the experts that its positions went to, -1 where that is not known yet; None: it is
+    not told.
     """
 
     number: int
@@ -163,6 +169,7 @@ class Running:
     row: int = -1
     filled: int = 0
     begun: int = 0
+    experts_SLK: np.ndarray | None = None
     keys: list[bytes] = dataclasses.field(default_factory=list)
     keys_of_part: dict[int, list[bytes]] = dataclasses.field(default_factory=dict)
 
@@ -188,6 +195,19 @@ class Running:
         if self.reading is None and self.read_prompt is not None:
             self.reading = self.read_prompt().copy(self.limit)
 
+    def begin_telling(self, sizes: tuple[int, int], dtype: np.dtype, known: Sequence[np.ndarray | None]) -> None:
+        """From now on there is room for its decisions; at its beginning, ``known`` are those of its first positions.
+
+        Of one that had to give its row back they are known: it is computed again by the same.
+        """
+        if self.experts_SLK is None:
+            self.experts_SLK = np.full((self.limit, *sizes), -1, dtype)
+            begin = 0
+            for experts_TLK in known:
+                assert experts_TLK is not None, "a prefix was kept without its decisions"
+                self.experts_SLK[begin : begin + len(experts_TLK)] = experts_TLK
+                begin += len(experts_TLK)
+
     def add(self, new: Decoded, draft: int) -> Event:
         """Takes what was decoded, with ``draft`` drafts a step, up to where it ends."""
         text, taken, finish = "", 0, cast(Finish | None, None)
@@ -202,6 +222,8 @@ class Running:
                     finish = "stop"
                     break
         tokens, used = new.tokens[:taken], new.drafted[: taken + (finish == "end")]
+        if self.experts_SLK is not None and new.experts is not None:
+            self.experts_SLK[len(self.tokens) : len(self.tokens) + taken] = new.experts[:taken]
         self.tokens += tokens
         self.filled = len(self.tokens)
         if finish is None and len(self.tokens) == self.limit:
@@ -212,7 +234,9 @@ class Running:
         top = [best[:more] for best in new.top[:taken]] if more else []
         steps, accepted = used.count(False), used.count(True)
         drafts = Drafts(steps * draft, accepted, steps if draft else 0)
-        return Event(self.number, self.sample, tokens, new.log_probs[:taken], text, top, drafts, finish)
+        end = new.log_probs[taken] if finish == "end" else None
+        experts = None if finish is None or self.experts_SLK is None else self.experts_SLK[: len(self.tokens)]
+        return Event(self.number, self.sample, tokens, new.log_probs[:taken], text, top, drafts, end, experts, finish)
 
     def cancelled(self) -> Event:
         """The last event of what is not wanted any more."""
@@ -221,12 +245,16 @@ class Running:
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What was decoded of a row: tokens, their log-probabilities, the likeliest ones, and which of them were drafts."""
+    """What was decoded of a row: tokens, their log-probabilities, the likeliest ones, and which of them were drafts.
+
+    And the experts that each went to, if that is told.
+    """
 
     tokens: list[int]
     log_probs: list[float]
     top: list[list[tuple[int, float]]]
     drafted: list[bool]
+    experts: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -238,6 +266,8 @@ class Completion:
     text: str = ""
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     drafts: Drafts = Drafts()
+    end_log_prob: float | None = None
+    experts: np.ndarray | None = dataclasses.field(default=None, compare=False)
     finish: Finish | None = None
 
 
@@ -251,6 +281,8 @@ def collected(events: Iterable[Event]) -> dict[int, list[Completion]]:
         all_of_it.text += event.text
         all_of_it.top += event.top
         all_of_it.drafts += event.drafts
+        all_of_it.end_log_prob = event.end_log_prob
+        all_of_it.experts = event.experts
         all_of_it.finish = event.finish
     return {number: [samples[i] for i in sorted(samples)] for number, samples in found.items()}
 

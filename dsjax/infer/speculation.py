@@ -56,6 +56,7 @@ class Tokens:
         log_prob_BT: what the model gave each.
         top_BTX, top_log_prob_BTX: the likeliest ones at each place.
         drafted_BT: whether it was a draft.
+        experts_BTLK: the experts that it went to, or none.
     """
 
     token_BT: Leaf
@@ -63,13 +64,16 @@ class Tokens:
     top_BTX: Leaf
     top_log_prob_BTX: Leaf
     drafted_BT: Leaf
+    experts_BTLK: Leaf = None
 
     @classmethod
-    def none(cls, B: int, width: int, num_top: int) -> Tokens:
-        """Room for ``width`` tokens of each row."""
+    def none(cls, B: int, width: int, num_top: int, telling: DecoderConfig | None = None) -> Tokens:
+        """Room for ``width`` tokens of each row, and for the decisions of a model that is ``telling`` them."""
         shapes = ((B, width), (B, width), (B, width, num_top), (B, width, num_top), (B, width))
         dtypes = (jnp.int32, jnp.float32, jnp.int32, jnp.float32, bool)
-        return cls(*(jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
+        told = None if telling is None else jnp.zeros((B, width, *telling.decisions), telling.decision_dtype)
+        room = cls(*(jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
+        return dataclasses.replace(room, experts_BTLK=told)
 
     def followed_by(self, new: Tokens, count_B: Int[Array, B], num_B: Int[Array, B]) -> Tokens:
         """With the first ``num_B`` of ``new`` behind the ``count_B`` that are here; without those that have no room."""
@@ -179,8 +183,11 @@ def speculate(
     keys_BT: jax.Array,
     settings: RowSampling,
     num_top: int,
+    tell_experts: bool = False,
 ) -> tuple[Tokens, Int[Array, B], Behind, Cache]:
     """One step of the active rows: the next token, T - 1 drafts, one forward pass over all of those.
+
+    What is accepted of drafts is what would have been chosen, so the experts that are told are those of the tokens.
 
     Returns:
         The tokens that the model itself chose; how many of each row count: the next one, and as many drafts as were
@@ -197,7 +204,7 @@ def speculate(
         draft_BN, cache = drafts(model, block_BT[:, 0], behind.hidden_BWD, *of_draft)
         block_BT = jnp.concatenate([block_BT, draft_BN], axis=1)
     ids_BT = jnp.broadcast_to(active_B[:, None], block_BT.shape).astype(jnp.int32)
-    out = model(block_BT, Documents(ids_BT, jnp.zeros_like(ids_BT)), cache=cache)
+    out = model(block_BT, Documents(ids_BT, jnp.zeros_like(ids_BT)), cache=cache, tell_experts=tell_experts)
     logits_BTV = model.logits(out)
 
     place_BTV, token_BT = behind.logits_BV[:, None], block_BT  # from what, and what was chosen
@@ -213,7 +220,8 @@ def speculate(
     taken_BT = jnp.take_along_axis(place_BTV, token_BT[..., None], axis=2)[..., 0]
     best_BTX, top_BTX = jax.lax.top_k(place_BTV, num_top)
     drafted_BT = jnp.broadcast_to(jnp.arange(T) > 0, token_BT.shape)
-    tokens = Tokens(token_BT, taken_BT - total_BT, top_BTX, best_BTX - total_BT[..., None], drafted_BT)
+    best = (top_BTX, best_BTX - total_BT[..., None])
+    tokens = Tokens(token_BT, taken_BT - total_BT, *best, drafted_BT, out.experts_BTLK)
 
     last_BV = jnp.take_along_axis(logits_BTV, jnp.maximum(num_B - 1, 0)[:, None, None], axis=1)[:, 0]
     new_BV = jnp.where(active_B[:, None], last_BV, behind.logits_BV)

@@ -8,218 +8,45 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import NonNegativeInt, PositiveFloat, PositiveInt, UserError
-from dsjax.models.multi_token import MULTI_TOKEN, MultiTokenConfig, MultiTokenModule, shifted
+from dsjax.config import UserError
+from dsjax.models.decoder_config import ComputeConfig, DecoderConfig, LayerGroup
+from dsjax.models.multi_token import MULTI_TOKEN, MultiTokenModule, shifted
 from dsjax.models.output import DecoderOutput
 from dsjax.models.stack import REMAT, Block, kept, scanned, unrolled
-from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.cache import PAGE_SIZE, Cache, LayerCache, empty_group, written
-from dsjax.nn.history import CopyConfig, CopyHead, NgramConfig, NgramEmbedding, history_of, longest_match
-from dsjax.nn.latent_attention import LatentAttentionConfig, indexer_loss
+from dsjax.nn.history import CopyHead, NgramEmbedding, history_of, longest_match
+from dsjax.nn.latent_attention import indexer_loss
 from dsjax.nn.masks import Documents
-from dsjax.nn.mlp import MLPConfig
-from dsjax.nn.moe import DynamicCapacity, MoE, MoEConfig
+from dsjax.nn.moe import MoE, MoEConfig
 from dsjax.nn.norm import RMSNorm
 from dsjax.nn.rope import rope_angles
 from dsjax.nn.router import RouterStats, RouterSums
-from dsjax.nn.structure import Scopes, Structure, StructureConfig, with_new_scopes
-from dsjax.sharding import param, shard, stack_layers
+from dsjax.nn.structure import Scopes, Structure, with_new_scopes
+from dsjax.sharding import Buffer, param, shard, stack_layers
 
-
-@dataclasses.dataclass(frozen=True)
-class LayerGroup:
-    """``num_layers`` equal layers; none: as many as are left of the model's ``num_layers``."""
-
-    ffn: MLPConfig | MoEConfig = MLPConfig()
-    attention: AttentionConfig | LatentAttentionConfig = AttentionConfig()
-    num_layers: PositiveInt | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder-only language model.
-
-    Attributes:
-        vocab_size: tokens V.
-        d_model: width D.
-        num_layers: layers in all groups together.
-        groups: the layer groups, first to last.
-        tied: the output matrix is the embedding, transposed.
-        norm_eps: added to the mean square in every RMSNorm.
-        ngram: hashed n-gram embeddings at the input, or none.
-        copy: the continuation of the longest match, at input and output, or none.
-        multi_token: modules that predict further tokens, or none.
-        structure: what it is given of the syntax around its tokens, or none.
-    """
-
-    vocab_size: PositiveInt = 4096
-    d_model: PositiveInt = 256
-    num_layers: PositiveInt = 8
-    groups: tuple[LayerGroup, ...] = (LayerGroup(),)
-    tied: bool = False
-    norm_eps: PositiveFloat = 1e-6
-    ngram: NgramConfig | None = None
-    copy: CopyConfig | None = None
-    multi_token: MultiTokenConfig | None = None
-    structure: StructureConfig | None = None
-
-    def validate(self) -> None:
-        if not self.groups:
-            raise UserError("groups is empty; a model has at least one layer group")
-        open_groups = [g for g in self.groups if g.num_layers is None]
-        fixed = sum(g.num_layers or 0 for g in self.groups)
-        if len(open_groups) > 1:
-            raise UserError("groups: only one group can leave num_layers open; give the others a number")
-        if open_groups and fixed >= self.num_layers:
-            raise UserError(f"num_layers is {self.num_layers}; it must exceed the {fixed} that its groups give")
-        if not open_groups and fixed != self.num_layers:
-            raise UserError(f"num_layers is {self.num_layers}; its groups have {fixed}")
-        if len(self._dynamic_capacities()) > 1:
-            raise UserError("groups differ in their dynamic ffn.capacity; one controller chooses for all layers")
-        if self.scoped and (self.structure is None or self.multi_token is not None):
-            missing = "it needs structure" if self.structure is None else "it does not go with multi_token"
-            raise UserError(f"groups: a group has attention.scope_heads; {missing}")
-
-    @property
-    def scoped(self) -> bool:
-        """Whether there are heads that see only what is still open."""
-        return any(isinstance(g.attention, AttentionConfig) and g.attention.scope_heads for g in self.groups)
-
-    def experts(self) -> dict[str, MoEConfig]:
-        """The layer groups of experts, by name."""
-        return {f"group_{i}": g.ffn for i, g in enumerate(self.groups) if isinstance(g.ffn, MoEConfig)}
-
-    def _dynamic_capacities(self) -> set[DynamicCapacity]:
-        return {moe.capacity for moe in self.experts().values() if isinstance(moe.capacity, DynamicCapacity)}
-
-    def dynamic_capacity(self) -> DynamicCapacity | None:
-        """What chooses the capacity factor of the layers that have a dynamic one, if there are such."""
-        return next(iter(self._dynamic_capacities()), None)
-
-    def sized_groups(self) -> tuple[tuple[LayerGroup, int], ...]:
-        """Each group with its number of layers."""
-        rest = self.num_layers - sum(g.num_layers or 0 for g in self.groups)
-        return tuple((g, g.num_layers or rest) for g in self.groups)
-
-    def _num_params(self, active: bool) -> int:
-        V, D = self.vocab_size, self.d_model
-        total = (1 if self.tied else 2) * V * D + D
-        for group, num_layers in self.sized_groups():
-            ffn = group.ffn.num_active_params(D) if active else group.ffn.num_params(D)
-            total += num_layers * (group.attention.num_params(D) + ffn + 2 * D)
-        if self.ngram is not None:
-            total += self.ngram.num_params(D)
-        if self.copy is not None:
-            total += self.copy.num_params(V, D)
-        if self.structure is not None:
-            total += self.structure.num_params(D)
-        if self.multi_token is not None and not active:
-            last = self.groups[-1]
-            block = last.attention.num_params(D) + last.ffn.num_params(D) + 2 * D
-            total += self.multi_token.num_modules * (block + 2 * D * D + 3 * D)
-        return total
-
-    def num_params(self) -> int:
-        """Parameters in all: what the optimizer moves. Buffers (the selection bias of experts) are not counted."""
-        return self._num_params(active=False)
-
-    def num_active_params(self) -> int:
-        """Parameters that one token can use: all but the experts that it does not visit. Tables count whole.
-
-        Modules that predict further tokens are not counted.
-        """
-        return self._num_params(active=True)
-
-    def flops_per_token(self, seq_len: int, *, training: bool = True) -> float:
-        """FLOPs of one token's matmuls, at full documents of ``seq_len``.
-
-        Two for each weight of a matmul (an embedding look-up is none), and two for each channel of the products with
-        the key and with the value of each (query, visible key) pair; a training step does three times the forward
-        work (no remat counted).
-        """
-        pairs = 0.0
-        for attention, layer, num_layers in self.attentions():
-            pairs += num_layers * attention.pair_products(seq_len, layer) / seq_len
-        if not training:
-            return 2 * (self.num_matmul_params() + pairs)
-        further = 0.0
-        if self.multi_token is not None:
-            D, a, ffn = self.d_model, self.groups[-1].attention, self.groups[-1].ffn
-            weights = a.num_matmul_params(D) + ffn.num_active_params(D) + (2 * D + self.vocab_size) * D
-            further = self.multi_token.num_modules * (weights + a.pair_products(seq_len) / seq_len)
-        return 6 * (self.num_matmul_params() + pairs + further)
-
-    def num_matmul_params(self) -> int:
-        """Weights that one token is multiplied with."""
-        D = self.d_model
-        weights = self.vocab_size * D
-        if self.ngram is not None:
-            weights += len(self.ngram.sizes) * self.ngram.d_table * D
-        if self.structure is not None:
-            weights += self.structure.num_matmul_params(D)
-        for group, num_layers in self.sized_groups():
-            weights += num_layers * (group.attention.num_matmul_params(D) + group.ffn.num_active_params(D))
-        return weights
-
-    def attentions(self) -> Iterator[tuple[AttentionConfig | LatentAttentionConfig, int, int]]:
-        """Layers of a group that see the same: their attention, the number of the first one, and how many they are."""
-        first = 0
-        for group, num_layers in self.sized_groups():
-            turn = len(group.attention.masks())
-            for place in range(min(turn, num_layers)):
-                yield group.attention, first + place, len(range(place, num_layers, turn))
-            first += num_layers
-
-    def kv_bytes(self, length: int, dtype: Any = "bfloat16") -> int:
-        """Bytes of the decode cache of one sequence of ``length`` positions."""
-        total = 0
-        for group, num_layers in self.sized_groups():
-            (slots, sums), (key, value) = group.attention.cache_size(length), group.attention.cached_widths
-            heads = num_layers * group.attention.num_cached_heads
-            total += heads * ((key + value) * slots * jnp.dtype(dtype).itemsize + key * sums * 4)
-        return total
-
-    def kv_bytes_per_token(self, dtype: Any = "bfloat16", length: int | None = None) -> float:
-        """Bytes of the decode cache for each of ``length`` positions of a sequence; None: for one more of a long one.
-
-        Segments that are not full count as part of the whole ones: a mean.
-        """
-        if length is not None:
-            return self.kv_bytes(length, dtype) / length
-        turn = math.lcm(*(g.attention.segmented.segment_size if g.attention.segmented else 1 for g in self.groups))
-        return (self.kv_bytes(3 * turn, dtype) - self.kv_bytes(2 * turn, dtype)) / turn
-
-
-@dataclasses.dataclass(frozen=True)
-class ComputeConfig:
-    """How a model is computed: nothing here changes what it computes.
-
-    Attributes:
-        dtype: of matmuls and activations; weights, norms, softmax and loss stay float32.
-        remat: what the backward pass recomputes: nothing, everything but matmul outputs, or everything.
-        unroll: write the layers of a group out instead of scanning over them: faster on CPU, longer to compile.
-        loss_chunk: positions T whose logits exist at a time; 0: all.
-    """
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
-    unroll: bool = False
-    loss_chunk: NonNegativeInt = 0
+__all__ = ["ComputeConfig", "Decoder", "DecoderConfig", "LayerGroup", "without_values"]
 
 
 class Decoder(nnx.Module):
-    """Embedding, layer groups, final norm; logits apart, since a loss wants them in chunks."""
+    """Embedding, layer groups, final norm; logits apart, since a loss wants them in chunks. So are values."""
 
-    def __init__(self, cfg: DecoderConfig, compute: ComputeConfig = ComputeConfig(), *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        compute: ComputeConfig = ComputeConfig(),
+        *,
+        rngs: nnx.Rngs,
+        with_logits: bool = True,
+    ):
         self.cfg, self.compute = cfg, compute
         V, D = cfg.vocab_size, cfg.d_model
         # A tied embedding must give logits near 1, another one a residual stream that the layers can move.
@@ -239,8 +66,13 @@ class Decoder(nnx.Module):
             further = lambda rngs: MultiTokenModule(last.attention, last.ffn, **sizes, rngs=rngs)  # noqa: E731
             self.multi_token = stack_layers(further, cfg.multi_token.num_modules, rngs)
         self.final_norm = RMSNorm(D, eps=cfg.norm_eps, rngs=rngs)
-        if not cfg.tied:
+        if not cfg.tied and with_logits:
             self.w_logits = param(rngs, (D, V), ("embed", "vocab"), fan_in=D)
+        # Last, so that the others are the same with and without.
+        if cfg.values == "head":
+            self.w_values = param(rngs, (D,), ("embed",), value=0.0)
+        if cfg.critic is not None:
+            self.critic = Decoder(cfg.critic, compute, rngs=rngs, with_logits=False)
 
     def __call__(
         self,
@@ -250,15 +82,22 @@ class Decoder(nnx.Module):
         features_BTC: Int[Array, "B T C"] | None = None,
         cache: Cache | None = None,
         cache_is_empty: bool = False,
+        experts_BTLK: Int[Array, "B T L K"] | None = None,
+        tell_experts: bool = False,
     ) -> DecoderOutput:
         """Hidden states of ``tokens_BT``: whole rows, or the T positions that follow what ``cache`` holds.
 
         With a cache, padding (document id 0) must stand at the end of a row; it is not counted in the lengths. Who
         knows that the cache holds nothing says so: then attention goes block by block, as in training. ``features_BTC``
         are those of the tokens (:mod:`dsjax.nn.fields`), of a model with ``structure``.
+
+        ``experts_BTLK`` are router decisions to use, as the output has them with ``tell_experts``: by position,
+        of all layers of experts. Where a position has -1, the router of that layer decides.
         """
         if (self.cfg.structure is None) != (features_BTC is None):
             raise UserError("a model with structure is run with the features of its tokens, and no other is")
+        if experts_BTLK is not None and experts_BTLK.shape != (right := (*tokens_BT.shape, *self.cfg.decisions)):
+            raise UserError(f"experts_BTLK has shape {experts_BTLK.shape}; for these tokens and this model: {right}")
         documents = Documents.single(tokens_BT) if documents is None else documents
         history, cache = history_of(tokens_BT, documents, cache)
         # One table for all groups that have the same.
@@ -283,7 +122,8 @@ class Decoder(nnx.Module):
             with jax.named_scope(f"group_{index}"):
                 rope = table(a.rope_width, a.rope_theta, a.rope_scaling)
                 run = functools.partial(self._run_group, index, range(depth, depth + num_layers), lengths_B=lengths_B)
-                x_BTD, layer_cache, stats = run(x_BTD, documents, history, rope, cache)
+                given_LBTX = self._given_to(index, experts_BTLK)
+                x_BTD, layer_cache, stats = run(x_BTD, documents, history, rope, cache, given_LBTX, tell_experts)
             caches.append(layer_cache)
             depth += num_layers
             if stats is not None:
@@ -297,7 +137,26 @@ class Decoder(nnx.Module):
         losses = self.auxiliary_losses(router)
         if cache is None:
             losses |= indexer_loss([group.attention for group in self.cfg.groups], caches)
-        return DecoderOutput(hidden_BTD, cache, router, losses, copy)
+        used_BTLK, own_BTLK = self._decisions(router) if tell_experts else (None, None)
+        return DecoderOutput(hidden_BTD, cache, router, losses, copy, used_BTLK, own_BTLK)
+
+    def _given_to(self, index: int, experts_BTLK: Any) -> Any:
+        """Of decisions those of a group, (L, B, T, X)."""
+        counts = [n if isinstance(g.ffn, MoEConfig) else 0 for g, n in self.cfg.sized_groups()]
+        if experts_BTLK is None or not counts[index]:
+            return None
+        first, top_k = sum(counts[:index]), self.cfg.experts()[f"group_{index}"].top_k
+        return jnp.moveaxis(experts_BTLK[:, :, first : first + counts[index], :top_k], 2, 0)
+
+    def _decisions(self, router: dict[str, RouterStats]) -> tuple[Any, Any]:
+        """What was used and what the routers chose by themselves, (B, T, L, K); none of a model without experts."""
+        told = [stats.decisions for stats in router.values()]
+        if not told:
+            return None, None
+        K = self.cfg.decisions[1]
+        fill = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, K - x.shape[-1])], constant_values=-1)  # noqa: E731
+        joined = jax.tree.map(lambda *xs: jnp.moveaxis(jnp.concatenate([fill(x) for x in xs]), 0, 2), *told)
+        return joined.used_BTX, joined.own_BTX
 
     def _with_scopes(self, documents, features_BTC, cache):
         """How long each position can be seen, for heads that see only what is still open."""
@@ -309,7 +168,7 @@ class Decoder(nnx.Module):
         cache = None if cache is None else dataclasses.replace(cache, scopes=scopes)
         return dataclasses.replace(documents, closes_BS=scopes.closes_BS), cache
 
-    def _run_group(self, index, depths, x_BTD, documents, history, rope, cache, lengths_B):
+    def _run_group(self, index, depths, x_BTD, documents, history, rope, cache, given_LBTX, tell_experts, lengths_B):
         graph, state = nnx.split(getattr(self, f"group_{index}"))
         weights, whole, numbers, old = nnx.to_pure_dict(state), {}, None, None
         if cache is not None:
@@ -319,7 +178,7 @@ class Decoder(nnx.Module):
                 whole = {name: weights["ffn"].pop(name) for name in MoE.EXPERTS}
 
         def layer(depth, x_BTD, scanned):
-            weights, state, number = scanned
+            weights, state, number, given_BTX = scanned
             if whole:
                 weights = weights | {"ffn": weights["ffn"] | whole}
             x_BTD, new, stats = nnx.merge(graph, weights)(
@@ -332,6 +191,8 @@ class Decoder(nnx.Module):
                 if old is None
                 else LayerCache(old.pages, number, state, attention.cache_size(history.tokens_BS.shape[1])[0]),
                 lengths_B=lengths_B,
+                experts_BTX=given_BTX,
+                tell_experts=tell_experts,
             )
             return x_BTD, (new, stats)
 
@@ -341,7 +202,8 @@ class Decoder(nnx.Module):
         turn = depths[: len(attention.masks())]  # what layers see repeats with it
         layers = [functools.partial(layer, depth) for depth in turn]
         run = unrolled if self.compute.unroll else functools.partial(scanned, differentiable=cache is None)
-        x_BTD, (new, stats) = run(layers, x_BTD, (weights, old and old.state, numbers), len(depths), wrap)
+        of_layers = (weights, old and old.state, numbers, given_LBTX)
+        x_BTD, (new, stats) = run(layers, x_BTD, of_layers, len(depths), wrap)
         if old is None:
             return x_BTD, new, stats  # what layers make without a cache: the losses of their indexers, or None
         if lengths_B is None:
@@ -438,14 +300,48 @@ class Decoder(nnx.Module):
         return losses
 
     def moved_buffers(self, router: dict[str, RouterSums]) -> dict[str, Any]:
-        """All buffers behind a step whose whole batch has these sums, by group of experts."""
-        moved: dict[str, Any] = {}
+        """All buffers behind a step whose whole batch has these sums, by group of experts; others stay as they are."""
+        moved = nnx.to_pure_dict(nnx.state(self, Buffer))
         for name, sums in router.items():
-            block: Any = getattr(self, name)
-            block = block.block if name == MULTI_TOKEN else block
-            if buffers := block.ffn.moved_buffers(sums):
-                moved[name] = {"block": {"ffn": buffers}} if name == MULTI_TOKEN else {"ffn": buffers}
+            path = (*name.split("/"), *(["block"] if name == MULTI_TOKEN else []), "ffn")
+            experts: Any = functools.reduce(getattr, path, self)
+            if buffers := experts.moved_buffers(sums):
+                functools.reduce(operator.getitem, path, moved).update(buffers)
         return moved
+
+    def values(
+        self,
+        out: DecoderOutput | None,
+        tokens_BT: Int[Array, "B T"],
+        documents: Documents | None = None,
+        features_BTC: Int[Array, "B T C"] | None = None,
+    ) -> Float[Array, "B T"]:
+        """A number for each position, of what stands up to there; float32.
+
+        Args:
+            out: what this model has made of the tokens, from which a head reads them; a decoder of values does not.
+            tokens_BT, documents, features_BTC: what was read, which a decoder of values reads, too.
+
+        Raises:
+            UserError: the model has no values.
+        """
+        return self.values_and_output(out, tokens_BT, documents, features_BTC)[0]
+
+    def values_and_output(
+        self, out: DecoderOutput | None, tokens_BT: Any, documents: Any = None, features_BTC: Any = None
+    ) -> tuple[Float[Array, "B T"], DecoderOutput | None]:
+        """The same, and the output of the decoder of values, if there is one: its routers have losses and loads, too.
+
+        The names of its groups for :meth:`moved_buffers` begin with ``critic/``.
+        """
+        if self.cfg.values == "none":
+            raise UserError("model.values is none; a model that is asked for values needs head or decoder")
+        if self.cfg.critic is not None:
+            own = self.critic(tokens_BT, documents, features_BTC=features_BTC)
+            return self.critic.values(own, tokens_BT), own
+        assert out is not None, "a head reads the hidden states"
+        hidden_BTD, w_D = out.hidden_BTD.astype(jnp.float32), self.w_values[...]
+        return jnp.einsum("BTD,D->BT", hidden_BTD, w_D, precision="highest"), None
 
     def output_weights(self) -> Float[Array, "D V"]:
         """The matrix that turns hidden states into logits."""
@@ -493,3 +389,13 @@ class Decoder(nnx.Module):
             groups.append(empty_group(num_layers, batch, *sizes, dtype, **layout))
         scopes = Scopes.none(batch, slots) if self.cfg.scoped else None
         return Cache(tuple(groups), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, slots), jnp.int32), scopes)
+
+
+def without_values(graph: Any, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model without what makes its values: its graph and its variables. Others are as they were."""
+    model = nnx.merge(graph, variables)
+    if model.cfg.values == "none":
+        return graph, variables
+    cfg = dataclasses.replace(model.cfg, values="none")
+    graph = nnx.split(nnx.eval_shape(lambda: Decoder(cfg, model.compute, rngs=nnx.Rngs(0))))[0]
+    return graph, {name: x for name, x in variables.items() if name not in ("w_values", "critic")}

@@ -24,6 +24,9 @@ class DecoderOutput:
         router: RouterStats of each group of experts, by group name, stacked over its layers.
         losses: auxiliary losses by name, already weighted.
         copy: a bonus on one logit of each position, or none.
+        experts_BTLK: the K experts that each position was sent to in each of the L layers of experts, first to last, if
+            that was asked for; -1: at padding, or where a layer has fewer.
+        own_experts_BTLK: those that the routers chose by themselves: the same, unless they were given others to use.
     """
 
     hidden_BTD: Leaf
@@ -31,6 +34,8 @@ class DecoderOutput:
     router: dict[str, RouterStats]
     losses: dict[str, Leaf]
     copy: Copy | None
+    experts_BTLK: Leaf = None
+    own_experts_BTLK: Leaf = None
 
     @property
     def loads(self) -> dict[str, Int[Array, "L E"]]:

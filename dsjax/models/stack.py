@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -43,11 +44,24 @@ class Block(nnx.Module):
         self.ffn = ffn.make(d_model, out_scale=out_scale, rngs=rngs)
         self.is_moe = isinstance(ffn, MoEConfig)
 
-    def __call__(self, x_BTD, *, documents, positions_BT, rope, depth, cache=None, lengths_B=None):
+    def __call__(
+        self,
+        x_BTD,
+        *,
+        documents,
+        positions_BT,
+        rope,
+        depth,
+        cache=None,
+        lengths_B=None,
+        experts_BTX=None,
+        tell_experts=False,
+    ):
         """One layer.
 
         Of the model's layers it is number ``depth``, or one that sees the same. With a cache, which has the pages of
-        the whole stack of layers, the experts' weights are given for the whole stack, too.
+        the whole stack of layers, the experts' weights are given for the whole stack, too. The last two are for its
+        router (:class:`dsjax.nn.moe.MoE`).
         """
         number = None if cache is None else cache.number
         with jax.named_scope("attention"):
@@ -64,7 +78,10 @@ class Block(nnx.Module):
         with jax.named_scope("ffn"):
             h_BTD, stats = self.ffn_norm(x_BTD), None
             if self.is_moe:
-                y_BTD, stats = self.ffn(h_BTD, (documents.ids_BT > 0).astype(jnp.float32), layer=number)
+                counted_BT = (documents.ids_BT > 0).astype(jnp.float32)
+                y_BTD, stats = self.ffn(
+                    h_BTD, counted_BT, layer=number, experts_BTX=experts_BTX, tell_experts=tell_experts
+                )
             else:
                 y_BTD = self.ffn(h_BTD)
             x_BTD = shard(x_BTD + y_BTD, "batch", "length", None)
@@ -154,7 +171,14 @@ def _unstack(stacked: Any, num_layers: int) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
 
 
+def _stacked_gradient(*layers: Any) -> Any:
+    """Of whole numbers (what routers decided) there is none, which JAX has a type of its own for."""
+    if layers[0].dtype == jax.dtypes.float0:
+        return np.zeros((len(layers), *layers[0].shape), jax.dtypes.float0)
+    return jnp.stack(layers)
+
+
 _unstack.defvjp(
     lambda stacked, num_layers: (_unstack(stacked, num_layers), None),
-    lambda num_layers, _, layers: (jax.tree.map(lambda *xs: jnp.stack(xs), *layers),),
+    lambda num_layers, _, layers: (jax.tree.map(_stacked_gradient, *layers),),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ def token_losses(
     copy: Copy | None = None,
 ) -> Float[Array, "B T"]:
     """Negative log-likelihood of each target in nats, float32."""
-    logits_BTV = _logits(hidden_BTD, w_DV.astype(hidden_BTD.dtype), copy)
+    logits_BTV = output_logits(hidden_BTD, w_DV.astype(hidden_BTD.dtype), copy)
     top_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
     log_total_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV - top_BT1), axis=-1)) + top_BT1[..., 0]
     return log_total_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -45,7 +47,10 @@ def cross_entropy(
     return _cross_entropy(hidden_BTD, w_DV.astype(hidden_BTD.dtype), targets_BT, weight_BT, copy, chunk)
 
 
-def _logits(hidden_BTD, w_DV, copy: Copy | None):
+def output_logits(
+    hidden_BTD: Float[Array, "B T D"], w_DV: Float[Array, "D V"], copy: Copy | None
+) -> Float[Array, "B T V"]:
+    """Scores of the next token, float32; ``w_DV`` has the type of the hidden states."""
     logits_BTV = project(hidden_BTD, w_DV).astype(jnp.float32)
     if copy is None:
         return logits_BTV
@@ -62,14 +67,14 @@ def _cross_entropy(hidden_BTD, w_DV, targets_BT, weight_BT, copy, chunk):
         hidden, targets, weight, copy = part
         return total + jnp.sum(token_losses(hidden, w_DV, targets, copy) * weight), None
 
-    return _over_chunks(one, jnp.float32(0), (hidden_BTD, targets_BT, weight_BT, copy), chunk)[0]
+    return over_chunks(one, jnp.float32(0), (hidden_BTD, targets_BT, weight_BT, copy), chunk)[0]
 
 
 def _forward(hidden_BTD, w_DV, targets_BT, weight_BT, copy, chunk):
     def one(sums, part):
         loss, dw_DV = sums
         hidden, targets, weight, copy = part
-        logits = _logits(hidden, w_DV, copy)
+        logits = output_logits(hidden, w_DV, copy)
         top = jnp.max(logits, axis=-1, keepdims=True)
         p = jnp.exp(logits - top)
         total = jnp.sum(p, axis=-1, keepdims=True)
@@ -85,7 +90,7 @@ def _forward(hidden_BTD, w_DV, targets_BT, weight_BT, copy, chunk):
         return (loss, dw_DV + dw.astype(jnp.float32)), (project(dlogits, w_DV.T), dbonus)
 
     sums = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
-    (loss, dw_DV), (dhidden_BTD, dbonus_BT) = _over_chunks(one, sums, (hidden_BTD, targets_BT, weight_BT, copy), chunk)
+    (loss, dw_DV), (dhidden_BTD, dbonus_BT) = over_chunks(one, sums, (hidden_BTD, targets_BT, weight_BT, copy), chunk)
     return loss, (dhidden_BTD, dw_DV.astype(w_DV.dtype), dbonus_BT)
 
 
@@ -100,7 +105,7 @@ _cross_entropy.defvjp(_forward, _backward)
 _WRITTEN_OUT = 8  # up to so many chunks are written out, more are a scan
 
 
-def _over_chunks(one, carry, parts, chunk: int):
+def over_chunks(one: Callable[[Any, Any], tuple[Any, Any]], carry: Any, parts: Any, chunk: int) -> tuple[Any, Any]:
     """Runs ``one`` over ``chunk`` positions of axis 1 at a time; results are put together along axis 1 again."""
     T = jax.tree.leaves(parts)[0].shape[1]
     if T % chunk or T // chunk > _WRITTEN_OUT:
@@ -114,7 +119,7 @@ def _over_chunks(one, carry, parts, chunk: int):
 
 
 def _scan_chunks(one, carry, parts, chunk: int):
-    """As :func:`_over_chunks`; T is padded to whole chunks, whose weight is 0."""
+    """As :func:`over_chunks`; T is padded to whole chunks, whose weight is 0."""
     T = jax.tree.leaves(parts)[0].shape[1]
     num_chunks = -(-T // chunk)
 

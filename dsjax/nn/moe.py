@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +17,7 @@ from dsjax.nn.lora import FrozenWeight
 from dsjax.nn.mlp import MLP
 from dsjax.nn.placement import moved_mean
 from dsjax.nn.router import (
+    Decisions,
     RouterStats,
     RouterSums,
     Scoring,
@@ -23,6 +25,7 @@ from dsjax.nn.router import (
     chosen_weights,
     log_distribution,
     moved_bias,
+    replayed,
 )
 from dsjax.nn.routing_losses import (
     EntropyConstraint,
@@ -125,6 +128,11 @@ class MoEConfig:
             raise UserError("entropy is set, but num_experts is 1: there is nothing to choose")
 
     @property
+    def decision_dtype(self) -> np.dtype:
+        """The type that the number of an expert is told in."""
+        return np.dtype(np.int16 if self.num_experts <= 2**15 else np.int32)
+
+    @property
     def has_bias(self) -> bool:
         return self.selection_bias or self.bias_update_rate > 0
 
@@ -181,7 +189,13 @@ class MoE(nnx.Module):
             self.shared = MLP(D, cfg.num_shared_experts * F, out_scale=out_scale, rngs=rngs)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], counted_BT: Float[Array, "B T"], layer: Int[Array, ""] | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        counted_BT: Float[Array, "B T"],
+        layer: Int[Array, ""] | None = None,
+        *,
+        experts_BTX: Int[Array, "B T X"] | None = None,
+        tell_experts: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Outputs of the tokens, and what the router did; padding visits no routed expert.
 
@@ -189,6 +203,8 @@ class MoE(nnx.Module):
             x_BTD: tokens.
             counted_BT: 1 for tokens, 0 for padding.
             layer: the experts' weights are those of a stack of layers, of which this is number ``layer``.
+            experts_BTX: decisions to use in place of its own (:func:`dsjax.nn.router.replayed`).
+            tell_experts: the stats have the decisions.
         """
         cfg = self.cfg
         # By default a TPU would round both to bfloat16 first.
@@ -196,7 +212,7 @@ class MoE(nnx.Module):
         log_probs_BTE = log_distribution(logits_BTE, cfg.scoring)
         probs_BTE = jnp.exp(log_probs_BTE)
         scores_BTE = probs_BTE if cfg.scoring == "softmax" else jax.nn.sigmoid(logits_BTE)
-        y_BTD, load_E, kept_E = self._routed(x_BTD, scores_BTE, counted_BT, layer)
+        y_BTD, load_E, kept_E, decisions = self._routed(x_BTD, scores_BTE, counted_BT, layer, experts_BTX, tell_experts)
         if cfg.num_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
 
@@ -213,7 +229,8 @@ class MoE(nnx.Module):
             prob_E=jnp.einsum("BTE,BT->E", probs_BTE, counted_BT),
             entropy=jnp.sum(entropy_BT * counted_BT),
         )
-        return y_BTD, RouterStats(sums, self._losses(logits_BTE, scores_BTE, probs_BTE, counted_BT, sums))
+        losses = self._losses(logits_BTE, scores_BTE, probs_BTE, counted_BT, sums)
+        return y_BTD, RouterStats(sums, losses, decisions)
 
     def _capacity(self, factor: float, places: int) -> int:
         """Pairs that an expert has room for, of a batch with that many places for tokens."""
@@ -224,15 +241,19 @@ class MoE(nnx.Module):
         return jnp.zeros_like(load_E) if factor is None else jnp.maximum(load_E - self._capacity(factor, places), 0)
 
     def _routed(
-        self, x_BTD: Any, scores_BTE: Any, counted_BT: Any, layer: Any
-    ) -> tuple[Float[Array, "B T D"], Int[Array, " E"], Int[Array, " E"]]:
-        """Route, dispatch, experts, combine, each device with its own tokens; loads and kept pairs of all devices."""
+        self, x_BTD: Any, scores_BTE: Any, counted_BT: Any, layer: Any, experts_BTX: Any, tell_experts: bool
+    ) -> tuple[Float[Array, "B T D"], Int[Array, " E"], Int[Array, " E"], Decisions | None]:
+        """Route, dispatch, experts, combine, each device with its own tokens; loads and kept pairs of all devices.
+
+        And the decisions, if they are to be told.
+        """
         cfg, factor = self.cfg, self.capacity_factor
         capacity = None if factor is None else self._capacity(factor, counted_BT.size)
 
-        def own(x_BTD, scores_BTE, counted_BT, bias_E, replicas_R, w_gate_eDF, w_up_eDF, w_down_eFD, layer):
-            choice = top_k_route(
-                scores_BTE.reshape(-1, cfg.num_experts),
+        def own(x_BTD, scores_BTE, counted_BT, experts_BTX, bias_E, replicas_R, w_gate, w_up, w_down, layer):
+            scores_TE = scores_BTE.reshape(-1, cfg.num_experts)
+            chosen = choice = top_k_route(
+                scores_TE,
                 cfg.top_k,
                 bias_E=bias_E,
                 num_groups=cfg.num_groups,
@@ -240,30 +261,41 @@ class MoE(nnx.Module):
                 group_score=cfg.group_score,
                 counted_T=counted_BT.reshape(-1) > 0,
             )
+            if experts_BTX is not None:
+                choice = replayed(chosen, scores_TE, experts_BTX.reshape(-1, cfg.top_k))
             weights_TX = chosen_weights(choice.scores_TX, normalize=cfg.normalize_weights, scale=cfg.routed_scale)
-            x_TD, experts = x_BTD.reshape(-1, x_BTD.shape[-1]), (w_gate_eDF, w_up_eDF, w_down_eFD)
+            x_TD, experts = x_BTD.reshape(-1, x_BTD.shape[-1]), (w_gate, w_up, w_down)
             options: dict[str, Any] = {"layer": layer, "capacity": capacity, "num_sequences": len(x_BTD)}
             options["placement"] = None if replicas_R is None else at_home(replicas_R, cfg.num_experts)
             y_TD, kept_E = apply_experts(x_TD, choice, weights_TX.astype(x_TD.dtype), *experts, **options)
             load_E = choice.counts_E
             if (current := current_mesh()) is not None:
                 load_E = jax.lax.psum(load_E, (*current[1].batch, *current[1].length))
-            return y_TD.reshape(x_BTD.shape), load_E, kept_E
+            told = None
+            if tell_experts:
+                told = Decisions(*(self._told(x.experts_TX, counted_BT.shape) for x in (choice, chosen)))
+            return y_TD.reshape(x_BTD.shape), load_E, kept_E, told
 
         tokens, stack = ("batch", "length", None), () if layer is None else ("layers",)
         up, down = (*stack, "expert", None, "mlp"), (*stack, "expert", "mlp", None)
         bias_E = self.selection_bias[...] if cfg.has_bias else None
         replicas_R = self.replicas[...].astype(jnp.int32) if cfg.num_replicas else None
         weights = [getattr(self, name)[...] for name in self.EXPERTS]
-        on_shards = map_shards(own, (tokens, tokens, tokens[:2], (), (), up, up, down, ()), (tokens, (), ()))
+        in_axes = (tokens, tokens, tokens[:2], tokens, (), (), up, up, down, ())
+        on_shards = map_shards(own, in_axes, (tokens, (), (), tokens))
 
         def run(x_BTD: Any, scores_BTE: Any, *weights: Any) -> Any:
             arrays = (w.astype(x_BTD.dtype) for w in weights)
-            return on_shards(x_BTD, scores_BTE, counted_BT, bias_E, replicas_R, *arrays, layer)
+            return on_shards(x_BTD, scores_BTE, counted_BT, experts_BTX, bias_E, replicas_R, *arrays, layer)
 
         if any(isinstance(w, FrozenWeight) for w in weights):
             run = jax.checkpoint(run)  # the backward pass keeps them as they are stored, and writes them out again
         return run(x_BTD, scores_BTE, *weights)
+
+    def _told(self, experts_TX: Int[Array, "tokens X"], shape: tuple[int, ...]) -> Int[Array, "B T X"]:
+        """Decisions as they are told: in few bytes, -1 for a token that does not count."""
+        told_TX = jnp.where(experts_TX < self.cfg.num_experts, experts_TX, -1)
+        return told_TX.astype(self.cfg.decision_dtype).reshape(*shape, -1)
 
     def _losses(
         self, logits_BTE: Any, scores_BTE: Any, probs_BTE: Any, counted_BT: Any, sums: RouterSums

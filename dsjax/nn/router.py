@@ -13,9 +13,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 from dsjax.nn.masks import Leaf
+from pallas_kernels.expert_dispatch import Choice
+from pallas_kernels.expert_dispatch.plan import positions
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -50,11 +53,29 @@ class RouterSums:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Decisions:
+    """The experts of each token, best first; -1 at padding.
+
+    Attributes:
+        used_BTX: those that it was sent to.
+        own_BTX: those that the router chose by itself: the same, unless it was given others to use.
+    """
+
+    used_BTX: Leaf
+    own_BTX: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """Of one layer and these rows: what adds up, and the layer's auxiliary losses by name, not yet weighted."""
+    """Of one layer and these rows: what adds up, and the layer's auxiliary losses by name, not yet weighted.
+
+    ``decisions`` are there if they were asked for.
+    """
 
     sums: RouterSums
     losses: dict[str, Leaf]
+    decisions: Decisions | None = None
 
     @property
     def load_E(self) -> Leaf:
@@ -78,6 +99,39 @@ def chosen_weights(scores_TX: Float[Array, "T X"], *, normalize: bool, scale: fl
         total_T1 = jnp.sum(scores_TX, axis=-1, keepdims=True) + 1e-20
         scores_TX = scores_TX / jnp.where(total_T1 > 1e-15, total_T1, 1.0)
     return scores_TX * scale
+
+
+def replayed(own: Choice, scores_TE: Float[Array, "T E"], experts_TX: Int[Array, "T X"]) -> Choice:
+    """The choice in which tokens go to ``experts_TX`` instead of where they chose to go themselves.
+
+    A token whose entries are not X different experts (-1: no decision) goes where it chose; one that does not count
+    goes nowhere. Scores are those of the experts that are used, so the router learns from them.
+    """
+    num_experts = scores_TE.shape[1]
+    numbers_E, experts_TX = jnp.arange(num_experts), experts_TX.astype(own.experts_TX.dtype)
+    given_TE = jnp.any(experts_TX[..., None] == numbers_E, axis=1)
+    decided_T = jnp.sum(given_TE, axis=1) == experts_TX.shape[1]
+    counted_T = own.experts_TX[:, 0] < num_experts
+    used_TX = jnp.where((decided_T & counted_T)[:, None], experts_TX, own.experts_TX)
+    scores_TX = jnp.sum(jnp.where(used_TX[..., None] == numbers_E, scores_TE[:, None], 0), axis=2)
+    return Choice(used_TX, scores_TX, *positions(used_TX, num_experts))
+
+
+def agreement(
+    told: Int[Array, "B T L K"] | Int[np.ndarray, "B T L K"],
+    chosen: Int[Array, "B T L K"] | Int[np.ndarray, "B T L K"],
+    mask_BT: Shaped[Array, "B T"] | Shaped[np.ndarray, "B T"],
+) -> Float[Array, ""]:
+    """The share of expert choices that are in both, from 0 to 1, over positions of ``mask_BT`` and all layers.
+
+    A position's K experts of a layer are a set: their order does not count. Places without a decision in ``told`` (-1)
+    are left out; without any decision it is 1. ``mask_BT`` may be weights.
+    """
+    told, chosen = jnp.asarray(told), jnp.asarray(chosen)
+    both = jnp.any(told[..., :, None] == chosen[..., None, :], axis=-1)
+    weight = jnp.asarray(mask_BT, jnp.float32)[..., None, None] * (told >= 0)
+    total = jnp.sum(weight)
+    return jnp.where(total > 0, jnp.sum(weight * both) / jnp.maximum(total, 1e-30), 1.0)
 
 
 def moved_bias(

@@ -23,6 +23,7 @@ from dsjax.plan.measure import Job
 from dsjax.plan.process import ask
 from dsjax.plan.programs import Mode
 from dsjax.sharding import MESH_AXES, MeshConfig
+from dsjax.train.r1 import R1, of_updates
 
 EXIT_DOES_NOT_FIT = 3
 Say = Callable[[str], None]
@@ -69,6 +70,8 @@ def run(config: Any, request: Request) -> int:
     """
     if not all(hasattr(config, part) for part in ("model", "data", "optim", "compute", "mesh")):
         raise UserError(f"a {type(config).__name__} can not be planned; it needs model, data, optim, compute and mesh")
+    if isinstance(config, R1) and request.mode == "train":
+        config = of_updates(config)  # the rows of an update are what it learns from at a time
     for flag, name in {"--json": request.json, "--plot": request.plot}.items():
         if name and not pathlib.Path(name).absolute().parent.is_dir():
             raise UserError(f"{flag} is {name}: there is no folder {pathlib.Path(name).absolute().parent}")

@@ -13,7 +13,6 @@ So likelihood moves from texts below the mean to those above it, and what all te
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,8 @@ from jaxtyping import Array, Bool, Float
 
 from dsjax.data.batch import Batch
 from dsjax.models.decoder import Decoder
-from dsjax.nn.losses import token_losses
 from dsjax.nn.masks import Documents, Leaf
+from dsjax.rl.log_probs import log_probs_and_entropies
 
 _OUT = -1e30  # the score of a text that does not count
 
@@ -70,7 +69,7 @@ def expected_risk(
 
 
 def target_log_probs(model: Decoder, candidates: Candidates) -> Float[Array, "P K T"]:
-    """log p of each target, by one pass over all rows; logits exist for ``compute.loss_chunk`` positions at a time."""
+    """log p of each target, by one pass over all rows."""
     shape = candidates.tokens_PKT.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (candidates.tokens_PKT, candidates.targets_PKT))
     tokens_RT, targets_RT = flat
@@ -79,16 +78,7 @@ def target_log_probs(model: Decoder, candidates: Candidates) -> Float[Array, "P 
     features_RTC = None if features is None else features.reshape(*tokens_RT.shape, features.shape[-1])
     positions_RT = jnp.where(ids_RT > 0, jnp.arange(shape[-1], dtype=jnp.int32), 0)
     out = model(tokens_RT, Documents(ids_RT, positions_RT), features_BTC=features_RTC)
-    w_DV, chunk = model.output_weights(), model.compute.loss_chunk or shape[-1]
-
-    def losses(hidden: Any, targets: Any, copy: Any) -> Float[Array, "R t"]:
-        return token_losses(hidden, w_DV, targets, copy)
-
-    parts = []
-    for at in range(0, shape[-1], chunk):
-        here = jax.tree.map(lambda x, at=at: x[:, at : at + chunk], (out.hidden_BTD, targets_RT, out.copy))
-        parts.append(jax.checkpoint(losses)(*here))  # so that backward, too, logits of one chunk exist at a time
-    return -jnp.concatenate(parts, axis=1).reshape(shape)
+    return log_probs_and_entropies(model, out, targets_RT)[0].reshape(shape)
 
 
 def risk(

@@ -21,14 +21,15 @@ from dsjax.data.tasks import stream
 from dsjax.data.tasks.families import LEVELS
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.evals.code_scores import sentence_bleu
-from dsjax.evals.written_programs import docstring, problem_of, program_of, whole
+from dsjax.evals.written_programs import whole
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.models.decoder import DecoderConfig
-from dsjax.nn.fields import BEGINNING, NUM_FIELDS
+from dsjax.rl.completions import docstring, problem_of, program_of
 from dsjax.rl.programs import Problem, read_problems
 from dsjax.rl.rewards import reward, shares_passed
 from dsjax.rl.risk import Candidates, JudgedBatch
 from dsjax.rl.rollout import Rollout, Sampler
+from dsjax.rl.rows import row_length, written_rows
 from dsjax.rl.sandbox import Sandbox
 from dsjax.sharding import Rules, host_array_to_global
 from dsjax.train.curriculum import CourseConfig, course_order
@@ -250,29 +251,34 @@ def candidate_rows(
         at_start: a scanner, for a model that is told the structure of its text.
     """
     P, K = len(found), len(found[0])
-    shape = (P, K, length)
-    tokens, targets, ids = np.full(shape, end_id, np.int32), np.full(shape, end_id, np.int32), np.zeros(shape, np.int32)
-    learned, told = np.zeros(shape, np.float32), np.full(shape, np.nan, np.float32)
+    flat = [rollout for own in found for rollout in own]
+    each = [prompt for prompt in prompts for _ in range(K)]
+    rows = written_rows(each, flat, length=length, end_id=end_id, at_start=at_start)
     counts, reward_PK = np.zeros((P, K), bool), np.zeros((P, K), np.float32)
-    features = None if at_start is None else np.tile(np.array(BEGINNING, np.int16), (*shape, 1))
-    assert features is None or features.shape[-1] == NUM_FIELDS
-    for p, prompt in enumerate(prompts):
+    for p in range(P):
         seen = set[tuple[tuple[int, ...], bool]]()
         for k, (rollout, value) in enumerate(zip(found[p], rewards[p], strict=True)):
-            row = [*prompt, *rollout.tokens]
-            first, last = len(prompt) - 1, len(row) - 1 + rollout.ended  # places of targets that are the text's
-            tokens[p, k, : len(row)], ids[p, k, : len(row)] = row, 1
-            targets[p, k, : len(row) - 1] = row[1:]
-            learned[p, k, first:last] = 1
-            told[p, k, first : first + len(rollout.tokens)] = rollout.log_probs
-            if features is not None and at_start is not None:
-                features[p, k, 1 : len(row)] = at_start.copy().scan(row[1:])
-            counts[p, k] = value is not None and (rollout.tokens, rollout.ended) not in seen and last > first
+            learned = rows.learned_NT[p * K + k].any()
+            counts[p, k] = value is not None and (rollout.tokens, rollout.ended) not in seen and learned
             reward_PK[p, k] = value or 0.0
             seen.add((rollout.tokens, rollout.ended))
     known = counts.any(axis=1)
     weight = known / max(known.sum(), 1)
-    return Candidates(tokens, targets, learned, ids, reward_PK, counts, weight.astype(np.float32), told, features)
+
+    def fold(x: np.ndarray) -> np.ndarray:
+        return x.reshape(P, K, *x.shape[1:])
+
+    return Candidates(
+        tokens_PKT=fold(rows.tokens_NT),
+        targets_PKT=fold(rows.targets_NT),
+        learned_PKT=fold(rows.learned_NT),
+        ids_PKT=fold(rows.ids_NT),
+        reward_PK=reward_PK,
+        counts_PK=counts,
+        weight_P=weight.astype(np.float32),
+        told_PKT=fold(rows.told_NT),
+        features_PKTC=None if rows.features_NTC is None else fold(rows.features_NTC),
+    )
 
 
 def with_candidates(batch: Batch, candidates: Candidates, mesh: Any) -> JudgedBatch:
@@ -288,8 +294,6 @@ def with_candidates(batch: Batch, candidates: Candidates, mesh: Any) -> JudgedBa
     return JudgedBatch(**fields, candidates=Candidates(**placed))
 
 
-def row_length(prompts: Sequence[Prompt], max_tokens: int, seq_len: int, parts: int) -> int:
+def longest_row(prompts: Sequence[Prompt], max_tokens: int, seq_len: int, parts: int) -> int:
     """Positions of a row that any program for the prompts fits into: few distinct ones, and a multiple of ``parts``."""
-    longest = max(len(prompt.tokens) for prompt in prompts) + max_tokens
-    step = 64 * parts
-    return min(-(-longest // step) * step, seq_len)
+    return min(row_length(max(len(prompt.tokens) for prompt in prompts) + max_tokens, 64 * parts), seq_len)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from dsjax.data.batch import Batch
 from dsjax.nn.moe import DynamicCapacity
 
 
@@ -63,28 +63,37 @@ class Controller:
 
 
 class CompiledSteps:
-    """A training step for each kind of batch and capacity factor, compiled when it is first needed: never more than
-    there are kinds, times the length of the list.
+    """A training step for each kind and shape of batch and each capacity factor, compiled when it is first needed:
+    never more than there are kinds, times the length of the list.
 
     Args:
         compile_for: (batch, factor) -> compiled step.
-        known: those that exist for a plain ``Batch``.
+        first: a batch, or its shapes, of the kind that there are steps for.
+        known: those, by capacity factor.
         note: told of each compilation.
     """
 
     def __init__(
         self,
         compile_for: Callable[[Any, float | None], Any],
+        first: Any,
         known: dict[float | None, Any],
         note: Callable[[str], None],
     ):
         self._compile_for, self._note = compile_for, note
-        self._steps = {(Batch, factor): step for factor, step in known.items()}
+        self._steps = {(kind_of(first), factor): step for factor, step in known.items()}
 
     def __call__(self, state: Any, batch: Any, total_steps: Any, factor: float | None = None) -> tuple[Any, Any]:
-        kind = type(batch), factor
+        kind = kind_of(batch), factor
         if kind not in self._steps:
-            what = f"a {type(batch).__name__}" if factor is None else f"capacity factor {factor:g}"
+            what = f"a {type(batch).__name__} of {batch.tokens_BT.shape}"
+            what = what if factor is None else f"capacity factor {factor:g}"
             self._note(f"{what}: compiling a step for it")
             self._steps[kind] = self._compile_for(batch, factor)
         return self._steps[kind](state, batch, total_steps)
+
+
+def kind_of(batch: Any) -> tuple[Any, ...]:
+    """What a step is compiled for: its structure and the shapes of its arrays."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple(leaf.shape for leaf in leaves)

@@ -45,8 +45,8 @@ from dsjax.train.candidates import (
     Judge,
     RiskConfig,
     greedy_programs,
+    longest_row,
     prompts_of,
-    row_length,
     with_candidates,
 )
 from dsjax.train.curriculum import CourseConfig, CourseRows, repairs_in_words, staged
@@ -217,7 +217,7 @@ def parts(sandbox: Sandbox, asked: Sequence[Asked], setting: Setting) -> dict[st
         return own
     prompts = prompts_of(config.risk, setting.corpus.tokenizer, config.data.seq_len, config.data.seed)
     parts_of_length = math.prod(setting.mesh.shape[axis] for axis in Rules().length)
-    length = row_length(prompts, config.risk.max_tokens, config.data.seq_len, parts_of_length)
+    length = longest_row(prompts, config.risk.max_tokens, config.data.seq_len, parts_of_length)
     say(f"risk: {len(prompts)} problems, rows of {length} positions")
     sampler = Sampler(
         setting.trainer.graph,

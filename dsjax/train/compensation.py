@@ -37,7 +37,8 @@ def compensate_experts(alpha: float, limit: float, axes: Any) -> optax.GradientT
     """Multiplies the gradient of every expert by its :func:`compensation`.
 
     ``update`` needs ``router``, the sums by layer group. A weight belongs to the group that its path begins with, and
-    is one of experts if one of its logical axes is ``expert``; others are left alone. There is no state.
+    is one of experts if one of its logical axes is ``expert``; others are left alone, and so are groups that
+    the loss made no use of. There is no state.
 
     Args:
         alpha, limit: see :func:`compensation`.
@@ -51,10 +52,11 @@ def compensate_experts(alpha: float, limit: float, axes: Any) -> optax.GradientT
         factors = {name: compensation(sums, alpha=alpha, limit=limit) for name, sums in router.items()}
 
         def one(path: tuple, g: jax.Array) -> jax.Array:
-            names = axes_of[path_name(path)]
-            if "expert" not in names:
+            name = path_name(path)
+            group = next((group for group in factors if name.startswith(f"{group}/")), None)
+            if "expert" not in axes_of[name] or group is None:
                 return g
-            factor = factors[path_name(path).split("/")[0]]  # layers E, or E
+            factor = factors[group]  # layers E, or E
             return g * factor.reshape(*factor.shape, *(1,) * (g.ndim - factor.ndim)).astype(g.dtype)
 
         return jax.tree_util.tree_map_with_path(one, updates), state

@@ -18,7 +18,6 @@ import numpy as np
 from dsjax import hosts
 from dsjax.checkpoint import Checkpoints
 from dsjax.config import UserError
-from dsjax.data.batch import Batch
 from dsjax.metrics import MetricsLog, Progress, plot_loss, told_of, write_atomic
 from dsjax.nn.moe import DynamicCapacity
 from dsjax.runs import RunFolder
@@ -82,13 +81,15 @@ class Job:
             are no such places.
         experts: (number of experts, experts of a token) of each layer group that has some.
         complete: (state, batch, counters) -> the batch that is stepped on: with what depends on the model as it is.
+        observe: is told the numbers of each good step, once and in order; what there is to say about them.
+        summary: the numbers of a step in some words, beside the progress.
         select: is shown the records of ``metrics.jsonl`` whenever one that was evaluated has been saved, and keeps the
             best of those; none: what is evaluated is not saved for that.
     """
 
     trainer: Trainer
-    step: Callable[[TrainState, Batch, Any, float | None], tuple[TrainState, dict[str, Any]]]
-    place: Callable[[Batch], Batch]
+    step: Callable[[TrainState, Any, Any, float | None], tuple[TrainState, dict[str, Any]]]
+    place: Callable[[Any], Any]
     batches: Any
     checkpoints: Checkpoints
     evaluate: Callable[[Any, Callable[[], bool]], dict[str, float]]
@@ -100,7 +101,9 @@ class Job:
     frozen: Callable[[], Any] = dict
     place_experts: Callable[[TrainState], TrainState] | None = None
     experts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    complete: Callable[[TrainState, Batch, Counters], Batch] | None = None
+    complete: Callable[[TrainState, Any, Counters], Any] | None = None
+    observe: Callable[[dict[str, Any]], list[str]] = lambda metrics: []
+    summary: Callable[[dict[str, Any]], str] = lambda values: f"loss {values['loss']:.3f}"
     select: Callable[[list[dict[str, Any]]], None] | None = None
 
 
@@ -294,7 +297,7 @@ class Guard:
         self._pending: dict[str, Any] | None = None
         self._losses: list[float] = []
 
-    def step(self, state: TrainState, counters: Counters, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    def step(self, state: TrainState, counters: Counters, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """One step. The numbers of the step before are looked at while it runs; if they take the state back, the
         step is done again from there, so that nothing depends on when numbers are looked at."""
         total = jnp.int32(counters.total_steps)
@@ -322,7 +325,7 @@ class Guard:
         if self._capacity is not None:
             self._capacity.observe(before if good else None)
         if good:
-            for sentence in self._alarm.observe(before):
+            for sentence in [*self._alarm.observe(before), *self._job.observe(before)]:
                 self._note(f"step {counters.iteration}: {sentence}")
             counters.tokens_seen += int(before["tokens"])
             counters.bad_in_a_row = 0
@@ -383,7 +386,7 @@ class Clock:
         values |= {f"router/{name}/collapsed": float(alarm["collapsed"]) for name, alarm in counters.alarm.items()}
         self._log.write(counters.iteration, values)
         rate_text = f"  {values['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in values else ""
-        progress.update(counters.iteration, counters.total_steps, f"loss {values['loss']:.3f}{rate_text}")
+        progress.update(counters.iteration, counters.total_steps, f"{self._job.summary(values)}{rate_text}")
 
     def evaluation_is_due(self, counters: Counters) -> bool:
         """Whether to evaluate behind this step: every so many steps; where the best is kept, behind the last, too."""

@@ -105,6 +105,11 @@ class Pretrain:
             raise UserError(
                 f"train.accumulate is {self.train.accumulate}; it must divide data.batch_size, {self.data.batch_size}"
             )
+        if self.lora.targets and self.model.values != "none":
+            raise UserError(
+                f"lora.targets is {','.join(self.lora.targets)}, and model.values {self.model.values}; with pairs alone"
+                " no values are learned, so set model.values=none"
+            )
         if self.lora.targets and not self.train.start_from:
             raise UserError(
                 f"lora.targets is {','.join(self.lora.targets)}, but train.start_from is empty; name there the run"
@@ -139,11 +144,16 @@ class Regime:
         material: (config, say) -> (config, corpus, rows): what is trained on; the config with what only that can tell;
             and the rows in their order, or none: the mixture of the sources.
         parts: what the loop gets of its own, by the names of :class:`~dsjax.train.loop.Job`; ``evaluate`` at least.
+            With ``batches`` of its own it has ``place`` and ``complete``, too.
+        first_batch: (config, mesh) -> the abstract batch that the step is compiled for while the data is prepared.
+        stepping: (step of one update) -> what the loop calls for each batch.
     """
 
     loss_fn: LossFunction
     material: Callable[[Any, Callable[[str], None]], tuple[Any, Corpus, Any]]
     parts: Callable[[Setting], dict[str, Any]]
+    first_batch: Callable[[Any, Any], Batch] = lambda config, mesh: batch_shapes(config, mesh)
+    stepping: Callable[[Any], Any] = lambda step: step
 
 
 def build(
@@ -251,7 +261,8 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False, regime: 
         refuse_other_run(run_folder.read_config(), config, folder)
 
     # ---------------------------------------------------------------- data, while the step compiles
-    step = InBackground(lambda: compile_step(trainer, batch_shapes(config, mesh)))
+    first_batch = regime.first_batch(config, mesh)
+    step = InBackground(lambda: compile_step(trainer, first_batch))
     config, corpus, rows = regime.material(config, say)
     say(described(corpus.report))
     if corpus.tokenizer.vocab_size > model.vocab_size:
@@ -262,10 +273,12 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False, regime: 
     hosts.beat(0)  # from here on, nobody may be slow for long
     capacity = model.dynamic_capacity()
     largest = None if capacity is None else capacity.factors[-1]
-    known = {largest: step.result()}  # nothing is made until it is known to compile
-    part, parts = rows_of_process(mesh, config.data.batch_size)
-    batches = make_batches(corpus, config.data, host_index=part, num_hosts=parts, rows=rows)
+    steps = CompiledSteps(functools.partial(compile_step, trainer), first_batch, {largest: step.result()}, say)
     own = regime.parts(Setting(config, run_folder, trainer, corpus, rows, mesh, say))
+    if "batches" not in own:
+        part, parts = rows_of_process(mesh, config.data.batch_size)
+        own["batches"] = make_batches(corpus, config.data, host_index=part, num_hosts=parts, rows=rows)
+        own["place"] = lambda batch: place_batch(batch, mesh, part, parts)
 
     # ---------------------------------------------------------------- restore, train
     first = hosts.index() == 0
@@ -282,12 +295,10 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False, regime: 
     if source is not None and trainer.base is not None:
         facts["base"] = dataclasses.asdict(source.base)
     checkpoints = Checkpoints(run_folder.checkpoints, keep=config.checkpoint.keep, about=facts)
-    with contextlib.closing(batches), contextlib.closing(checkpoints):
+    with contextlib.closing(own["batches"]), contextlib.closing(checkpoints):
         job = Job(
             trainer=trainer,
-            step=CompiledSteps(functools.partial(compile_step, trainer), known, say),
-            place=lambda batch: place_batch(batch, mesh, part, parts),
-            batches=batches,
+            step=regime.stepping(steps),
             checkpoints=checkpoints,
             flops_per_token=model.flops_per_token(config.data.seq_len),
             begin=begin,
@@ -342,7 +353,9 @@ def without_paths(config: Pretrain) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k.split(".")[-1] not in ("path", "tokenizer_path")}
 
 
-FIXED = ("type", "model", "optim", "lora", "course", "risk")  # parts of a config, of this recipe or of others
+# Parts of a config, of this recipe or of others.
+OF_RL = ("exercises", "rollout", "rewards", "algorithm", "update", "curriculum", "archive")
+FIXED = ("type", "model", "optim", "lora", "course", "risk", "method", "labels", *OF_RL)
 
 
 def fixed_part(config: Any) -> dict[str, Any]:

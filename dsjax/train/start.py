@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.runs import Base, RunFolder
 from dsjax.train.step import Trainer, TrainState
 
+CRITIC = "critic/"  # what the names of a decoder of values begin with
 ORIGIN = "hf"  # what a converted run keeps for the way back
 
 
@@ -57,10 +59,11 @@ class Start:
         return Base.at(self.run, step)
 
     def with_weights(self, trainer: Trainer, state: TrainState) -> TrainState:
-        """A new state with the parameters and buffers of the run; buffers and indexers that it has not stay new.
+        """A new state with the parameters and buffers of the run; buffers, indexers and heads that it has not stay new.
 
-        An indexer is what a model of full attention begins its way to DeepSeek-V3.2 with. Pairs beside frozen weights
-        are new; those are given by :meth:`frozen`.
+        An indexer is what a model of full attention begins its way to DeepSeek-V3.2 with. A new decoder of values
+        begins with the weights of the run's own decoder, and its head with 0. Pairs beside frozen weights are new;
+        those are given by :meth:`frozen`.
 
         Args:
             trainer: whose abstract state says where each array goes.
@@ -72,12 +75,19 @@ class Start:
         taken = {"params": {} if trainer.base else trainer.shapes.params, "buffers": trainer.shapes.buffers}
         with contextlib.closing(self.run.open_checkpoints()) as checkpoints:
             there = checkpoints.about(self.base.step)["arrays"]
-            wanted = {name: x for name, x in flatten(taken).items() if name in there or not _may_be_new(name)}
+            named = {name: _source(name, there) for name in flatten(taken)}
+            wanted = {name: x for name, x in flatten(taken).items() if named[name] in there or not _may_be_new(name)}
             if not trainer.base:
                 for name, x in flatten({"params": state.params}).items():
                     if name in wanted:
                         x.delete()
-            found = checkpoints.restore_part(wanted, self.base.step, again=True) if wanted else {}
+            found: dict[str, Any] = {}
+            for of_critic in (False, True):  # what the decoder of values begins with is read for both
+                some = {name: x for name, x in wanted.items() if (named[name] != name) == of_critic}
+                if some:
+                    arrays = {named[name]: x for name, x in some.items()}
+                    read = checkpoints.restore_part(arrays, self.base.step, again=True)
+                    found |= {name: read[named[name]] for name in some}
 
         def take(kind: str, old: object) -> object:
             return jax.tree_util.tree_map_with_path(lambda path, x: found.get(f"{kind}/{path_name(path)}", x), old)
@@ -111,6 +121,12 @@ class Start:
             copying.rename(run.path / ORIGIN)  # whole, or not there
 
 
+def _source(name: str, there: Mapping[str, Any]) -> str:
+    """The name of what an array begins with, of those that are there."""
+    kind, _, rest = name.partition("/")
+    return f"{kind}/{rest.removeprefix(CRITIC)}" if name not in there and rest.startswith(CRITIC) else name
+
+
 def _may_be_new(name: str) -> bool:
     """Whether training can begin with an array that the run before it has not."""
-    return name.startswith("buffers/") or "/indexer/" in name
+    return name.startswith(("buffers/", "params/w_values", f"params/{CRITIC}w_values")) or "/indexer/" in name

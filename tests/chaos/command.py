@@ -22,6 +22,7 @@ BEGIN, END = "<!-- table: scripts/chaos --full --write -->", "<!-- end of table 
 KINDS = {
     "controls": (2, 8, "runs that nothing happens to"),
     "kills": (8, 104, "kill -9 of a run, over all its phases"),
+    "rl-kills": (4, 24, "kill -9 of a run of reinforcement learning"),
     "mutants": (1, 1, "1: also leave each class of state out of a save"),
     "crash-points": (12, 0, "system calls of a save at which it is stopped; 0: all of them"),
     "disk": (6, 40, "errors of the file system under a run"),
@@ -36,7 +37,7 @@ KINDS = {
 
 def goals(kind: str, n: int, folder: pathlib.Path, seed: int) -> Iterator[Goal]:
     """The checks of one kind, ``n`` faults each."""
-    from chaos import corruption, crash_points, data_faults, disk, formats, kills, pairs
+    from chaos import corruption, crash_points, data_faults, disk, formats, kills, pairs, rl_kills
 
     say = Progress(kind)
     if kind in ("controls", "kills", "mutants"):
@@ -47,6 +48,8 @@ def goals(kind: str, n: int, folder: pathlib.Path, seed: int) -> Iterator[Goal]:
             yield kills.kills(n, folder, control, seed=seed)
         else:
             yield kills.leaf_mutants(folder, control)
+    elif kind == "rl-kills":
+        yield rl_kills.kills(n, folder / kind, seed=seed)
     elif kind == "crash-points":
         yield from crash_points.goals(n or None, seed=seed, say=say)
     elif kind == "disk":

@@ -1,0 +1,477 @@
+"""R1: reinforcement learning from verified rewards (DeepSeek-R1, DeepSeekMath's GRPO), on the one trainer.
+
+    warm start (solutions of easy exercises)  ->  RL  ->  report, beside a control that went on with solutions
+
+Each is a run like any other: RUN/warm_start, RUN and RUN/control. The loop of RL is that of pre-training; its batches
+are exercises, and a step of it writes, judges and learns (:mod:`dsjax.train.practice`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax import hosts
+from dsjax.config import UserError, to_dict
+from dsjax.config import validate as validated
+from dsjax.data.prepare import Corpus
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dsjax.evals.solved import as_judged, solved
+from dsjax.infer.engine import placed
+from dsjax.infer.sampling import SamplingConfig
+from dsjax.manifest import make_folder
+from dsjax.metrics import read_metrics, write_atomic
+from dsjax.rl.advantages import AdvantageConfig, overlong_penalty
+from dsjax.rl.algorithms import AlgorithmConfig
+from dsjax.rl.archive import ArchiveConfig
+from dsjax.rl.arms import Arm, CurriculumConfig
+from dsjax.rl.course_report import plot_course
+from dsjax.rl.exercises.config import ExercisesConfig, families_of
+from dsjax.rl.exercises.exercise import Family, distinct, draw
+from dsjax.rl.experience import Experience
+from dsjax.rl.health import HealthConfig
+from dsjax.rl.policy import PolicyConfig
+from dsjax.rl.rewards import RewardConfig, Rewards
+from dsjax.rl.rollout import Sampler
+from dsjax.runs import RunFolder
+from dsjax.sharding import Rules, joined, training_rules
+from dsjax.train import pretrain
+from dsjax.train.course import Course, Worth, Written
+from dsjax.train.lora import whole_weights
+from dsjax.train.policy_loss import policy_loss
+from dsjax.train.practice import Practice, Scorer, each_update, step_of
+from dsjax.train.pretrain import Pretrain, Regime, Setting
+from dsjax.train.r1_config import ReportConfig, RolloutConfig, UpdateConfig, WarmStartConfig
+from dsjax.train.r1_report import (
+    held_out,
+    named_levels,
+    plot_solved,
+    report_of,
+    solved_by,
+    spent_on,
+    variables_of,
+)
+from dsjax.train.supervised import exercise_corpus, level_mix, supervised
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class R1(Pretrain):
+    """A run of reinforcement learning from verified rewards.
+
+    ``data`` has the tokenizer, ``seq_len`` (positions of a prompt and its text) and the seed; its sources and batch
+    size are not looked at. ``train.steps`` are iterations, ``train.eval_every`` counts them.
+
+    Attributes:
+        exercises: which there are.
+        warm_start: what is learned before.
+        rollout: what is written in an iteration.
+        rewards: what it is worth.
+        algorithm: what a text is compared with, and what is descended.
+        update: how often.
+        curriculum: which exercises come when.
+        archive: how much is remembered of right solutions.
+        health: what is warned of.
+        report: what is evaluated.
+    """
+
+    exercises: ExercisesConfig = ExercisesConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig("dapo")
+    update: UpdateConfig = UpdateConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    archive: ArchiveConfig = ArchiveConfig()
+    health: HealthConfig = HealthConfig()
+    report: ReportConfig = ReportConfig()
+
+    def validate(self) -> None:
+        super(R1, of_updates(self)).validate()
+        cfg, update = self.rollout, self.update
+        rows = cfg.prompts * cfg.samples
+        if rows % (update.minibatches * self.train.accumulate):
+            raise UserError(
+                f"rollout.prompts * rollout.samples is {rows}; update.minibatches * train.accumulate,"
+                f" {update.minibatches * self.train.accumulate}, must divide it"
+            )
+        if cfg.max_tokens >= self.data.seq_len:
+            raise UserError(
+                f"rollout.max_tokens is {cfg.max_tokens}; data.seq_len, {self.data.seq_len}, must leave room for a"
+                " prompt"
+            )
+        if self.advantage.kind == "gae" and self.model.values == "none":
+            raise UserError(
+                f"algorithm.name is {self.algorithm.name}, whose advantages take a critic, but model.values is none; it"
+                " must be head or decoder"
+            )
+        if update.kl_target and not self.policy.kl_coef:
+            raise UserError(
+                f"update.kl_target is {update.kl_target:g}, but algorithm.kl_coef is 0; it must be above, to be moved"
+            )
+        if not self.warm_start.steps and not self.train.start_from:
+            raise UserError(
+                "warm_start.steps is 0 and train.start_from is empty; name there the run whose model is to learn"
+            )
+
+    @property
+    def policy(self) -> PolicyConfig:
+        """The objective."""
+        return self.algorithm.switches()[0]
+
+    @property
+    def advantage(self) -> AdvantageConfig:
+        """What a text is compared with."""
+        return self.algorithm.switches()[1]
+
+
+# ---------------------------------------------------------------- runs
+
+
+def check(config: R1) -> tuple[Any, Any]:
+    """See :func:`dsjax.train.pretrain.check`; also whether texts can be written on this mesh, and split over it."""
+    loss_fn = policy_loss(config.policy, temperature=config.rollout.temperature)
+    mesh, trainer = pretrain.check(of_updates(config), loss_fn)
+    rows = -(-rows_at_a_time(config) // (mesh.shape["data"] * mesh.shape["expert"]))
+    shapes = joined(trainer.shapes.params, trainer.shapes.buffers)
+    if trainer.base is None:
+        placed(trainer.graph, shapes, mesh, rows * mesh.shape["data"] * mesh.shape["expert"])
+    return mesh, trainer
+
+
+def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool = True) -> int:
+    """Trains, or goes on with, the runs in ``folder``, and ``reports``; returns the exit code."""
+    quiet = quiet or hosts.index() > 0
+    say: Say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    run_folder = RunFolder(folder)
+    run_folder.check()
+    families = families_of(config.exercises)
+    named_levels(config, families)
+    config, tokenizer = inherited(config, run_folder)
+    check(config)
+    with Rewards(config.rewards, families) as rewards:
+        if config.warm_start.steps:
+            say(f"warm start: {config.warm_start.steps} steps on solutions")
+            begun(config, run_folder)
+            start = folder / "warm_start"
+            regime = solutions(config, families, tokenizer)
+            if code := pretrain.run(warm_start_run(config), start, quiet=quiet, regime=regime):
+                return code
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, start_from=str(start)))
+            say("reinforcement learning")
+        regime = Regime(
+            policy_loss(config.policy, temperature=config.rollout.temperature),
+            functools.partial(material, tokenizer),
+            functools.partial(parts, families, rewards),
+            first_batch=first_batch,
+            stepping=each_update,
+        )
+        if code := pretrain.run(of_updates(config), folder, quiet=quiet, regime=regime):
+            return code
+        if config.report.control:
+            tokens = spent_on(run_folder)["tokens_learned"]
+            say(f"control: solutions again, {tokens:,} tokens as learned in RL")
+            regime = solutions(config, families, tokenizer, learned=tokens)
+            if code := pretrain.run(control_run(config), folder / "control", quiet=quiet, regime=regime):
+                return code
+        if reports and not hosts.index():
+            report(config, run_folder, families, rewards, say)
+    return 0
+
+
+def begun(config: R1, run_folder: RunFolder) -> None:
+    """The folder says what it is going to be, before there is a checkpoint in it."""
+    if not run_folder.config.exists() and not hosts.index():
+        make_folder(run_folder.path)
+        write_atomic(run_folder.config, json.dumps(to_dict(of_updates(config)), indent=1) + "\n")
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token for each byte, and the boundary."""
+    return train_tokenizer([], 257)
+
+
+def inherited(config: R1, run_folder: RunFolder) -> tuple[R1, Tokenizer]:
+    """The config with the model that RL begins with, if there is a run that says so; and the tokenizer.
+
+    Raises:
+        UserError: there is no such run, or it has no tokenizer.
+    """
+    if not config.train.start_from:
+        data = config.data
+        path = data.tokenizer_path
+        return config, load_tokenizer(path, end_token=data.end_token) if path else byte_tokenizer()
+    start = run_folder if run_folder.has_checkpoint() else RunFolder(pathlib.Path(config.train.start_from))
+    base = start.read_config()
+    if not start.tokenizer.is_file():
+        raise UserError(f"train.start_from is {start.path}, which has no tokenizer.json; set data.tokenizer_path")
+    data = dataclasses.replace(
+        config.data,
+        tokenizer_path=str(start.tokenizer),
+        special_tokens=(),
+        vocab_size=base.data.vocab_size,
+        end_token=base.data.end_token,
+    )
+    model = dataclasses.replace(base.model, values=config.model.values)
+    config = dataclasses.replace(config, model=model, data=data)
+    validated(config)
+    return config, load_tokenizer(start.tokenizer, end_token=data.end_token)
+
+
+def of_updates(config: R1) -> R1:
+    """The config with the rows of an update as its batch: what the trainer counts by."""
+    rows = config.rollout.prompts * config.rollout.samples // config.update.minibatches
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
+
+
+# ---------------------------------------------------------------- solutions
+
+
+def warm_start_run(config: R1) -> Pretrain:
+    """The run that learns solutions before RL, on from ``train.start_from`` if that names a run."""
+    warm = config.warm_start
+    return Pretrain(
+        model=dataclasses.replace(config.model, values="none"),
+        data=dataclasses.replace(config.data, batch_size=warm.batch_size),
+        optim=warm.optim,
+        train=dataclasses.replace(config.train, steps=warm.steps, accumulate=1, eval_every=0),
+        compute=config.compute,
+        mesh=config.mesh,
+        checkpoint=config.checkpoint,
+        log=config.log,
+    )
+
+
+def control_run(config: R1) -> Pretrain:
+    """The run that goes on with solutions from where RL began; how long, :func:`solutions` says."""
+    base = warm_start_run(config)
+    train = dataclasses.replace(base.train, steps=10**9, start_from=config.train.start_from)
+    return dataclasses.replace(base, train=train)
+
+
+def solutions(config: R1, families: Mapping[str, Family], tokenizer: Tokenizer, *, learned: int = 0) -> Regime:
+    """The regime of both: exercises of the training side, fewer of each higher level; others for the control.
+
+    ``learned``: tokens to learn, of the control.
+    """
+    warm, seed = config.warm_start, 2 * config.data.seed + (learned > 0)
+    training = [
+        exercise
+        for family in families.values()
+        for level, num in level_mix(family.levels, warm.exercises, warm.level_decay).items()
+        for exercise in draw(family, level, "training", seed=seed, num=num)
+    ]
+    if not any(exercise.solution for exercise in training):
+        raise UserError(
+            f"warm_start.steps is {warm.steps}, but none of the exercises of {', '.join(families)} has a solution to"
+            " learn; set it to 0 and name a run as train.start_from"
+        )
+    held_out = [
+        exercise
+        for family in families.values()
+        for level in family.levels
+        for exercise in draw(family, level, "validation", seed=0, num=4)
+    ]
+    return supervised(tokenizer, training, held_out, learned_tokens=learned)
+
+
+# ---------------------------------------------------------------- reinforcement learning
+
+
+def first_batch(config: R1, mesh: Any) -> Experience:
+    """An abstract minibatch of the smallest size."""
+    return update_shapes(config, mesh, step_of(config, mesh))
+
+
+def update_shapes(config: R1, mesh: Any, rows: int) -> Experience:
+    """An abstract minibatch of so many rows."""
+    data, rollout = dataclasses.replace(config.data, batch_size=rows), config.rollout
+    batch = pretrain.batch_shapes(dataclasses.replace(config, data=data), mesh)
+    float_BT = batch.loss_weight_BT
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    given = {"weight_BT": float_BT, "advantage_BT": float_BT, "old_log_prob_BT": float_BT}
+    if needs_reference(config):
+        place = jax.sharding.NamedSharding(mesh, Rules().spec("batch"))
+        given |= {"reference_log_prob_BT": float_BT}
+        given["kl_coef_B"] = jax.ShapeDtypeStruct(float_BT.shape[:1], jnp.float32, sharding=place)
+    if config.advantage.kind == "gae":
+        given |= {"old_value_BT": float_BT, "return_BT": float_BT}
+    if rollout.rescore and rollout.correction_limit:
+        given["correction_BT"] = float_BT
+    if rollout.replay and config.model.experts():
+        place = jax.sharding.NamedSharding(mesh, Rules().spec("batch", "length"))
+        shape = (*float_BT.shape, *config.model.decisions)
+        given["experts_BTLK"] = jax.ShapeDtypeStruct(shape, jnp.int16, sharding=place)
+    return Experience(**fields, **given)
+
+
+def needs_reference(config: R1) -> bool:
+    """Whether there is a policy to stay near."""
+    return config.policy.kl_coef > 0
+
+
+def material(tokenizer: Tokenizer, config: R1, say: Say) -> tuple[R1, Corpus, None]:
+    """No documents: what is learned from is written on the way. The tokenizer, and what tells exercises apart."""
+    del say
+    corpus = exercise_corpus(tokenizer, [])
+    families = dataclasses.replace(config.exercises, files=())  # files may lie elsewhere, but say the same
+    digest = hashlib.sha256(json.dumps(to_dict(families), sort_keys=True).encode() + corpus.fingerprint.encode())
+    for path in config.exercises.files:
+        digest.update(pathlib.Path(path).read_bytes())
+    return config, dataclasses.replace(corpus, fingerprint=digest.hexdigest()), None
+
+
+def rows_at_a_time(config: R1) -> int:
+    """Texts that are written at a time."""
+    return config.rollout.rows or config.rollout.prompts * config.rollout.samples
+
+
+def sampler_of(config: R1, trainer: Any, mesh: Any, tokenizer: Tokenizer) -> Sampler:
+    """What writes texts."""
+    return Sampler(
+        trainer.graph,
+        tokenizer,
+        mesh,
+        num_rows=rows_at_a_time(config),
+        max_length=config.data.seq_len,
+        tell_experts=bool(config.model.experts()),
+    )
+
+
+def parts(families: Mapping[str, Family], rewards: Rewards, setting: Setting) -> dict[str, Any]:
+    """What the loop gets."""
+    config, tokenizer = cast(R1, setting.config), setting.corpus.tokenizer
+    course = Course(config, families, setting.corpus.fingerprint)
+    sampler = sampler_of(config, setting.trainer, setting.mesh, tokenizer)
+    scorer = Scorer(setting.trainer.graph, setting.mesh, training_rules(config.mesh), config, tokenizer.end_id)
+    practice = Practice(
+        config,
+        course,
+        sampler,
+        functools.partial(judged, config, rewards, course),
+        scorer,
+        tokenizer,
+        setting.mesh,
+        reference_of(config, setting) if needs_reference(config) else None,
+        lambda state: whole_weights(state.variables, jnp.dtype(config.compute.dtype)),
+    )
+    return {
+        "batches": course,
+        "place": lambda choices: choices,
+        "complete": practice,
+        "evaluate": validation(config, families, rewards, course, sampler, tokenizer),
+        "observe": course.observe,
+        "summary": summary,
+    }
+
+
+def judged(config: R1, rewards: Rewards, course: Course, written: Written) -> Worth:
+    """What texts are worth: rewards by their weights, less what is too long, and the bonus for what is new."""
+    shape = (len(written.exercises), config.rollout.samples)
+    exercises, texts = written.flat
+    found = rewards(exercises, [as_judged(text) for text in texts])
+    parts = {name: x.reshape(shape) for name, x in found.parts.items()}
+    total_PK = found.total_N.reshape(shape)
+    if buffer := config.rollout.overlong:
+        lengths = np.array([len(text.tokens) + text.ended for text in texts])
+        parts["overlong"] = np.asarray(overlong_penalty(lengths, config.rollout.max_tokens, buffer)).reshape(shape)
+        total_PK = total_PK + parts["overlong"]
+    worth = Worth(total_PK, parts["correct"], parts)
+    return course.with_novelty(written, worth, found.answers)
+
+
+def reference_of(config: R1, setting: Setting) -> Any:
+    """All variables of the policy that RL began with."""
+    return variables_of(RunFolder(pathlib.Path(config.train.start_from)), setting.trainer)
+
+
+def validation(
+    config: R1,
+    families: Mapping[str, Family],
+    rewards: Rewards,
+    course: Course,
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+) -> Any:
+    """A function (variables, stopped) -> pass@1 by family and level, and over all."""
+    exercises = [
+        exercise
+        for family in families.values()
+        for level in family.levels
+        for exercise in distinct(family, level, "validation", config.report.validation)
+    ]
+
+    def evaluate(variables: Any, stopped: Callable[[], bool]) -> dict[str, float]:
+        course.close()  # one engine writes for both
+        found = solved(
+            sampler,
+            whole_weights(variables, jnp.dtype(config.compute.dtype)),
+            tokenizer,
+            exercises,
+            lambda some, texts: rewards(some, texts).parts["correct"],
+            num_samples=1,
+            max_tokens=config.rollout.max_tokens,
+            sampling=SamplingConfig(config.rollout.temperature, top_p=1.0),
+            greedy=False,
+            seed=0,
+            stop=config.rollout.stop,
+            stopped=stopped,
+        )
+        if found is None:
+            return {}
+        table = found.by_level()
+        rates = {
+            f"validation/{family}/{level}": figures["pass@1"]["value"]
+            for family, levels in table.items()
+            for level, figures in levels.items()
+            if "pass@1" in figures
+        }
+        return {"validation": float(np.mean(list(rates.values())))} | rates if rates else {}
+
+    return evaluate
+
+
+def summary(values: Mapping[str, float]) -> str:
+    """An iteration in some words."""
+    kl = f"  KL {values['rl/kl']:.3f}" if "rl/kl" in values else ""
+    return (
+        f"reward {values['rl/reward']:.3f}  correct {values['rl/correct']:.0%}{kl}  length {values['rl/length']:.1f}"
+        f"  phase {values['curriculum/phase']:.0f}"
+    )
+
+
+# ---------------------------------------------------------------- report
+
+
+def report(config: R1, run_folder: RunFolder, families: Mapping[str, Family], rewards: Rewards, say: Say) -> None:
+    """Evaluates what there was before and is now, writes it down and draws it."""
+    runs = {"before": RunFolder(pathlib.Path(config.train.start_from)), "after": run_folder}
+    if config.report.control:
+        runs["sft_control"] = RunFolder(run_folder.path / "control")
+    exercises, levels = held_out(config, families), named_levels(config, families)
+    say(f"report: {len(exercises):,} held-out exercises, {len(runs)} models")
+    mesh, trainer = pretrain.build(of_updates(config), loss_fn=policy_loss(config.policy))
+    tables = solved_by(config, trainer, mesh, runs, exercises, rewards)
+    spent = {name: spent_on(run) for name, run in runs.items()}
+    found = report_of(config, levels, tables, spent=spent)
+    write_atomic(run_folder.path / "report.json", json.dumps(found, indent=1) + "\n")
+    plot_solved(found, run_folder.path / "solved.png")
+    arms = [Arm(name, level) for name, family in families.items() for level in family.levels]
+    phases = [phase.name for phase, _ in config.curriculum.phases_of(arms)]
+    plot_course(read_metrics(run_folder.metrics), run_folder.path / "course.png", phases=phases)
+    for family, level in levels.items():
+        shares = "  ".join(f"{name} {share:.1%}" for name, share in found["families"][family].items())
+        say(f"{family} {level}: {shares}")
+    say(f"all levels: {'  '.join(f'{name} {share:.1%}' for name, share in found['mean'].items())}")
+    say(f"{run_folder.path}: report.json, solved.png, course.png")
