@@ -70,7 +70,7 @@ def warm_start(seed: int, folder: pathlib.Path) -> pathlib.Path:
     config = config_of("grpo", seed)
     config, tokenizer = r1.inherited(config, RunFolder(folder))
     regime = r1.solutions(config, families_of(config.exercises), tokenizer)
-    pretrain.run(r1.warm_start_run(config), folder / "warm_start", quiet=True, regime=regime)
+    ended(pretrain.run(r1.warm_start_run(config), folder / "warm_start", quiet=True, regime=regime))
     return folder / "warm_start"
 
 
@@ -84,10 +84,16 @@ def trained(arm: str, seed: int, start: pathlib.Path, folder: pathlib.Path) -> R
         of_rl, tokenizer = RunFolder(folder.parent / "grpo"), r1.inherited(config, RunFolder(folder))[1]
         learned = spent_on(of_rl)["tokens_learned"]
         regime = r1.solutions(config, families_of(config.exercises), tokenizer, learned=learned)
-        pretrain.run(r1.control_run(config), folder, quiet=True, regime=regime)
+        ended(pretrain.run(r1.control_run(config), folder, quiet=True, regime=regime))
     else:
-        r1.run(dataclasses.replace(config, train=train, warm_start=warm), folder, quiet=True, reports=False)
+        ended(r1.run(dataclasses.replace(config, train=train, warm_start=warm), folder, quiet=True, reports=False))
     return RunFolder(folder)
+
+
+def ended(code: int) -> None:
+    """Leaves if a run was interrupted: a half-trained model is no figure."""
+    if code:
+        sys.exit(code)
 
 
 def evaluated(config: r1.R1, run: RunFolder) -> dict[str, Any]:

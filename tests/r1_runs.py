@@ -37,7 +37,7 @@ def r1(variant: str = "grpo", **parts: dict[str, Any]) -> R1:
         data=DataConfig(vocab_size=257, seq_len=32),
         exercises=ExercisesConfig((FamilyConfig("reverse", (1, 2)),), answer_mark=""),
         warm_start=WarmStartConfig(8, batch_size=8, exercises=64, optim=OptimConfig(lr=3e-2, warmup_steps=1)),
-        rollout=RolloutConfig(prompts=8, samples=2, max_tokens=6, more_rounds=1),
+        rollout=RolloutConfig(prompts=8, samples=4, max_tokens=6, more_rounds=1),
         # Of its texts none is right: what pays is their length.
         rewards=RewardConfig(length=1.0, length_to=6, workers=1),
         optim=OptimConfig(lr=1e-3, weight_decay=0.0, schedule="constant", warmup_steps=1),

@@ -73,7 +73,7 @@ def test_engine_and_trainer_agree(variant: str) -> None:
         # float32, behind a cache and without one; of an update before which the weights are those that wrote
         assert r["rl/log_prob_gap"] < (1e-5 if variant != "ahead" or r["step"] == 1 else 0.1)
         assert r["rl/unknown"] == 0
-        assert r["tokens"] > 0 or r["rl/dead_groups"] == 1
+        assert r["tokens"] > 0  # some groups teach, or nothing here is shown
         assert np.isfinite(r["loss"])
         assert {"rl/seconds_rollout", "rl/seconds_reward", "rl/entropy", "rl/length"} <= r.keys()
     if variant == "experts":
@@ -111,6 +111,15 @@ def test_killed_it_ends_as_if_it_had_not_been(variant: str, tmp_path: pathlib.Pa
     code, _, said = Child("train", str(path), "--run", str(killed)).end(timeout=300)
     assert code == 0, said
     assert state_hash(killed, 3) == state_hash(whole, 3)
+    same(iterations(whole), iterations(straight(variant)))  # one device and eight
+
+
+def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Two runs in what they told, but for float32 sums in another order."""
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("rl/reward", "rl/length", "rl/entropy", "loss", "grad_norm"):
+            # a token whose probabilities lie that close would be another one
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
 
 def state_hash_or_none(folder: pathlib.Path) -> str | None:
@@ -145,11 +154,7 @@ def test_it_goes_on_from_any_iteration(variant: str, tmp_path: pathlib.Path) -> 
 )
 def test_other_meshes_give_the_same(variant: str, mesh: dict[str, int], tmp_path: pathlib.Path) -> None:
     assert run(r1(variant, mesh=mesh), tmp_path / "run", quiet=True) == 0
-    ours, theirs = iterations(tmp_path / "run"), iterations(straight(variant))
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("rl/reward", "rl/length", "rl/entropy", "loss", "grad_norm"):
-            # float32 sums in another order; a token whose probabilities lie that close would be another one
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    same(iterations(tmp_path / "run"), iterations(straight(variant)))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -159,7 +164,7 @@ def test_other_meshes_give_the_same(variant: str, mesh: dict[str, int], tmp_path
     ("overrides", "sentence"),
     [
         ({"rollout": {"max_tokens": 32}}, "rollout.max_tokens is 32; data.seq_len, 32, must leave room for a prompt"),
-        ({"update": {"minibatches": 3}}, "rollout.prompts * rollout.samples is 16; update.minibatches"),
+        ({"update": {"minibatches": 3}}, "rollout.prompts * rollout.samples is 32; update.minibatches"),
         (
             {"algorithm": {"name": "ppo"}},
             "algorithm.name is ppo, whose advantages take a critic",
@@ -180,8 +185,8 @@ def test_what_can_not_be_is_said_in_a_sentence(overrides: dict[str, Any], senten
 def test_a_changed_run_is_not_gone_on_with(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(straight("grpo"), folder)
-    with pytest.raises(UserError, match=r"was trained with rollout.samples=2, now it is 4"):
-        run(r1(rollout={"samples": 4}), folder, quiet=True)
+    with pytest.raises(UserError, match=r"was trained with rollout.samples=4, now it is 2"):
+        run(r1(rollout={"samples": 2}), folder, quiet=True)
 
 
 def test_the_config_of_the_laptop_is_one() -> None:

@@ -17,17 +17,15 @@ from dsjax.evals import written_programs
 from dsjax.evals.written_programs import (
     Asked,
     WrittenPrograms,
-    cut_program,
-    docstring,
     evaluate_programs,
     figures,
     problems_of,
-    program_of,
     whole,
 )
 from dsjax.infer.batching import Engine
 from dsjax.infer.requests import Request
 from dsjax.loaded import load
+from dsjax.rl.completions import cut_program, docstring, program_of
 from dsjax.rl.programs import Problem
 from dsjax.rl.sandbox import Sandbox, Verdict
 from dsjax.train.pretrain import run
