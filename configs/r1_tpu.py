@@ -44,6 +44,7 @@ def get_config() -> R1:
             samples=8,
             max_tokens=3072,
             rows=128,
+            mesh=MeshConfig(data=4, tensor=4),
             rescore=True,
             correction_limit=2.0,
             more_rounds=1,

@@ -25,7 +25,9 @@ def get_config() -> R1:
         base,
         model=v3.model,
         data=dataclasses.replace(base.data, vocab_size=v3.data.vocab_size),
-        rollout=dataclasses.replace(base.rollout, prompts=512, samples=16, rows=512, more_rounds=0, one_step_off=True),
+        rollout=dataclasses.replace(
+            base.rollout, prompts=512, samples=16, rows=512, mesh=None, more_rounds=0, one_step_off=True
+        ),
         update=dataclasses.replace(base.update, minibatches=2),
         train=dataclasses.replace(base.train, accumulate=4, start_from="runs/v3"),
         compute=v3.compute,

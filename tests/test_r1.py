@@ -17,6 +17,7 @@ from small_runs import Child, home, saved, saved_steps, state_hash, training_rec
 from dsjax.config import UserError, load_config, validate
 from dsjax.rl.arms import Arm
 from dsjax.rl.exercises.config import families_of
+from dsjax.sharding import MeshConfig
 from dsjax.train.r1 import check, run
 from dsjax.train.r1_report import named_levels
 
@@ -48,10 +49,10 @@ def test_a_run_is_three_and_a_report(tmp_path: pathlib.Path, capsys: pytest.Capt
     assert report["by_level"]["reverse"]["2"]["after"]["exercises"] == 8
     for picture in ("solved.png", "course.png", "loss.png"):
         assert (tmp_path / "run" / picture).stat().st_size > 5000
-    # The control learns about as many tokens as RL did; a step of it is the least that it can.
+    # The control learns about as many tokens as RL did: whole steps, whose tokens are counted by their mean.
     learned = {name: spent["tokens_learned"] for name, spent in report["spent"].items()}
     of_step = learned["before"] / config.warm_start.steps
-    assert abs(learned["sft_control"] - learned["after"]) <= of_step
+    assert abs(learned["sft_control"] - learned["after"]) <= 2 * of_step
     assert [r["step"] for r in records(tmp_path / "run") if "validation" in r] == [2]
     said = capsys.readouterr().err
     for text in ("warm start: 8 steps", "reward ", "control: ", "reverse 1: before ", "report.json"):
@@ -147,13 +148,18 @@ def test_it_goes_on_from_any_iteration(variant: str, tmp_path: pathlib.Path) -> 
 @pytest.mark.parametrize(
     ("variant", "mesh"),
     [
-        ("grpo", {"data": 2, "fsdp": 4}),
+        ("written on another", {"data": 2, "fsdp": 4}),  # two heads can not be cut over four devices, to write
         pytest.param("ppo", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
         ("experts", {"data": 2, "expert": 4}),
     ],
 )
 def test_other_meshes_give_the_same(variant: str, mesh: dict[str, int], tmp_path: pathlib.Path) -> None:
-    assert run(r1(variant, mesh=mesh), tmp_path / "run", quiet=True) == 0
+    parts: dict[str, Any] = {}
+    if variant == "written on another":
+        variant, parts = "grpo", {"rollout": {"mesh": MeshConfig(data=4, tensor=2)}}
+        with pytest.raises(UserError, match="can not share"):
+            run(r1(variant, mesh=mesh), tmp_path / "no", quiet=True)
+    assert run(r1(variant, mesh=mesh, **parts), tmp_path / "run", quiet=True) == 0
     same(iterations(tmp_path / "run"), iterations(straight(variant)))
 
 

@@ -44,7 +44,7 @@ from dsjax.rl.policy import PolicyConfig
 from dsjax.rl.rewards import RewardConfig, Rewards
 from dsjax.rl.rollout import Sampler
 from dsjax.runs import RunFolder
-from dsjax.sharding import Rules, joined, training_rules
+from dsjax.sharding import Rules, joined, make_mesh, training_rules
 from dsjax.train import pretrain
 from dsjax.train.course import Course, Worth, Written
 from dsjax.train.lora import whole_weights
@@ -143,10 +143,11 @@ def check(config: R1) -> tuple[Any, Any]:
     """See :func:`dsjax.train.pretrain.check`; also whether texts can be written on this mesh, and split over it."""
     loss_fn = policy_loss(config.policy, temperature=config.rollout.temperature)
     mesh, trainer = pretrain.check(of_updates(config), loss_fn)
-    rows = -(-rows_at_a_time(config) // (mesh.shape["data"] * mesh.shape["expert"]))
-    shapes = joined(trainer.shapes.params, trainer.shapes.buffers)
     if trainer.base is None:
-        placed(trainer.graph, shapes, mesh, rows * mesh.shape["data"] * mesh.shape["expert"])
+        there = writing_mesh(config, mesh)
+        of_rows = there.shape["data"] * there.shape["expert"]
+        shapes = joined(trainer.shapes.params, trainer.shapes.buffers)
+        placed(trainer.graph, shapes, there, -(-rows_at_a_time(config) // of_rows) * of_rows)
     return mesh, trainer
 
 
@@ -337,12 +338,17 @@ def rows_at_a_time(config: R1) -> int:
     return config.rollout.rows or config.rollout.prompts * config.rollout.samples
 
 
+def writing_mesh(config: R1, mesh: Any) -> Any:
+    """The devices that write, of a trainer on ``mesh``."""
+    return mesh if config.rollout.mesh is None else make_mesh(config.rollout.mesh, list(mesh.devices.flat))
+
+
 def sampler_of(config: R1, trainer: Any, mesh: Any, tokenizer: Tokenizer) -> Sampler:
     """What writes texts."""
     return Sampler(
         trainer.graph,
         tokenizer,
-        mesh,
+        writing_mesh(config, mesh),
         num_rows=rows_at_a_time(config),
         max_length=config.data.seq_len,
         tell_experts=bool(config.model.experts()),

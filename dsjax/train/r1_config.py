@@ -7,6 +7,7 @@ from typing import Annotated
 
 from dsjax.config import Bounds, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.rl.arms import Arm
+from dsjax.sharding import MeshConfig
 from dsjax.train.optimizer import OptimConfig
 
 
@@ -40,6 +41,7 @@ class RolloutConfig:
         temperature: of the policy, in writing and in learning.
         stop: texts that end one.
         rows: texts that the engine works on at a time; 0: all.
+        mesh: that texts are written on; none: the trainer's.
         replay: tokens go to the experts in learning that they went to in writing.
         rescore: probabilities under the policy that wrote are the trainer's, and not the engine's.
         correction_limit: with ``rescore`` a token counts by how much likelier the trainer finds it than the engine
@@ -58,6 +60,7 @@ class RolloutConfig:
     temperature: PositiveFloat = 1.0
     stop: tuple[str, ...] = ()
     rows: NonNegativeInt = 0
+    mesh: MeshConfig | None = None
     replay: bool = True
     rescore: bool = False
     correction_limit: NonNegativeFloat = 0.0
