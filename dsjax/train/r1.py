@@ -468,7 +468,7 @@ def report(config: R1, run_folder: RunFolder, families: Mapping[str, Family], re
     exercises, levels = held_out(config, families), named_levels(config, families)
     say(f"report: {len(exercises):,} held-out exercises, {len(runs)} models")
     mesh, trainer = pretrain.build(of_updates(config), loss_fn=policy_loss(config.policy))
-    tables = solved_by(config, trainer, mesh, runs, exercises, rewards)
+    tables = solved_by(config, trainer, writing_mesh(config, mesh), runs, exercises, rewards)
     spent = {name: spent_on(run) for name, run in runs.items()}
     found = report_of(config, levels, tables, spent=spent)
     write_atomic(run_folder.path / "report.json", json.dumps(found, indent=1) + "\n")
