@@ -1,7 +1,7 @@
 """R1 on sixteen TPU v5e: GRPO on verified rewards, on from DeepSeek-R1-Distill-Qwen-7B.
 
     dsjax convert DeepSeek-R1-Distill-Qwen-7B runs/r1_distill_7b
-    dsjax train configs/r1_tpu.py exercises.files.0=train.jsonl --run runs/r1
+    dsjax train configs/r1_tpu.py exercises.files=train.jsonl --run runs/r1
     dsjax plan configs/r1_tpu.py --topology v5e:4x4
     dsjax plan configs/r1_tpu.py --topology v5e:4x4 --mode decode --mesh data=4,tensor=4 --batch-size 64
 

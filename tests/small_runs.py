@@ -114,6 +114,11 @@ def state_hash(run: pathlib.Path, step: int | None = None) -> str:
     return combined_hash(state_hashes(arrays, host))
 
 
+def state_hash_or_none(run: pathlib.Path) -> str | None:
+    """None: nothing is saved yet."""
+    return state_hash(run) if (run / "checkpoints").is_dir() and saved_steps(run) else None
+
+
 def training_records(run: pathlib.Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if "loss" in r]

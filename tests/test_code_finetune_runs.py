@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from hf_folders import llama, random_tensors, write_folder
-from small_runs import Child, changed, home, saved, saved_steps, small, state_hash, training_records
+from small_runs import Child, changed, home, saved, saved_steps, small, state_hash, state_hash_or_none, training_records
 
 import dsjax
 from dsjax.cli import main
@@ -196,10 +196,6 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: pathlib.Pa
     assert (killed / "best.json").read_text().count('"step"') == 1 + len(epochs(straight))
     a, b = (json.loads((f / "best.json").read_text()) for f in (killed, straight))
     assert (a["step"], a["held_out_combined_score"]) == (b["step"], b["held_out_combined_score"])
-
-
-def state_hash_or_none(folder: pathlib.Path) -> str | None:
-    return state_hash(folder) if (folder / "checkpoints").is_dir() and saved_steps(folder) else None
 
 
 @pytest.mark.parametrize(

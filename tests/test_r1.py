@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from r1_runs import VARIANTS, config_file, r1
-from small_runs import Child, home, saved, saved_steps, state_hash, training_records
+from small_runs import Child, home, saved, state_hash, state_hash_or_none, training_records
 
 from dsjax.config import UserError, load_config, validate
 from dsjax.rl.arms import Arm
@@ -121,10 +121,6 @@ def same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
         for name in ("rl/reward", "rl/length", "rl/entropy", "loss", "grad_norm"):
             # a token whose probabilities lie that close would be another one
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
-
-
-def state_hash_or_none(folder: pathlib.Path) -> str | None:
-    return state_hash(folder) if (folder / "checkpoints").is_dir() and saved_steps(folder) else None
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,13 @@ import dataclasses
 import importlib.util
 import os
 import queue
-import socket
-import subprocess
-import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from dsjax.config import UserError
-from dsjax.rl import isolation, plain
+from dsjax.rl import plain
+from dsjax.rl.worker_process import Trouble, WorkerProcess
 
 Kind = Literal["math", "gym"]
 PACKAGES = {"math": ("math_verify", "math-verify"), "gym": ("reasoning_gym", "reasoning-gym")}
@@ -63,10 +61,6 @@ class Judged:
 
     score: float | None
     reason: str = ""
-
-
-class Trouble(Exception):
-    """A process did not start, or has ended; a sentence."""
 
 
 class AnswerPool:
@@ -146,56 +140,12 @@ class AnswerPool:
         raise AssertionError
 
 
-class _Worker:
+class _Worker(WorkerProcess):
     """A process of ``dsjax.rl.answer_judge``. Raises ``Trouble``."""
 
     def __init__(self, kind: str) -> None:
-        self.channel, theirs = socket.socketpair()
-        boot = [sys.executable, *isolation.FLAGS, "-c", isolation.BOOT, str(isolation.PACKAGE), "answer_judge", kind]
-        with theirs:
-            try:
-                self.process = subprocess.Popen(
-                    boot,
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env=isolation.environment(),
-                    start_new_session=True,  # Ctrl-C is for us alone
-                )
-            except OSError as error:
-                self.channel.close()
-                raise Trouble(f"no process could be started: {error}") from None
-        try:
-            self._receive(START)
-        except Trouble:
-            self.close()
-            raise
-
-    def ask(self, message: bytes, seconds: float) -> dict[str, Any]:
-        """Sends a request; returns the reply."""
-        self.channel.settimeout(seconds)
-        try:
-            self.channel.sendall(message)
-        except OSError as error:
-            raise Trouble(f"a judge has ended: {error}") from None
-        return self._receive(seconds)
-
-    def _receive(self, seconds: float) -> dict[str, Any]:
-        self.channel.settimeout(seconds)
-        try:
-            with self.channel.makefile("rb") as file:
-                header = file.read(plain.HEADER)
-                return plain.unpack(file.read(int.from_bytes(header, "big")))
-        except TimeoutError:
-            raise Trouble(f"a judge said nothing for {seconds:.0f} s") from None
-        except (OSError, plain.Malformed) as error:
-            raise Trouble(f"a judge has ended: {error}") from None
-
-    def close(self) -> None:
-        """Ends it; its child ends when it finds the channel closed, or its seconds are over."""
-        self.channel.close()
-        self.process.kill()
-        self.process.wait()
+        super().__init__("answer_judge", [kind], called="a judge")
+        self.first_word(START)
 
 
 def _close(

@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 
 LEVELS = ("bubblewrap", "seccomp")
 MACHINES = ("x86_64", "aarch64")  # for which there is a filter of system calls
@@ -44,9 +45,9 @@ def environment() -> dict[str, str]:
     return {"PYTHONHASHSEED": "0", **needed}
 
 
-def worker_command(arguments: list[str]) -> list[str]:
-    """What starts a worker, outside: with the packages that tests may import."""
-    return [sys.executable, *FLAGS, "-c", BOOT, str(PACKAGE), "warden", *arguments]
+def worker_command(module: str, arguments: Sequence[str]) -> list[str]:
+    """What starts a module as a worker, outside: with the packages that tests may import."""
+    return [sys.executable, *FLAGS, "-c", BOOT, str(PACKAGE), module, *arguments]
 
 
 def jail_command(level: str) -> list[str] | None:

@@ -21,8 +21,6 @@ import math
 import os
 import platform
 import queue
-import socket
-import subprocess
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +29,7 @@ from typing import Any
 from dsjax.config import UserError
 from dsjax.rl import isolation, plain
 from dsjax.rl.judge import Checks, Unfit
+from dsjax.rl.worker_process import Trouble, WorkerProcess
 
 _log = logging.getLogger(__name__)
 
@@ -82,10 +81,6 @@ class Verdict:
     tests_total: int
     reason: str
     seconds: float
-
-
-class Trouble(Exception):
-    """A worker did not start, or has ended; a sentence."""
 
 
 class Sandbox:
@@ -166,38 +161,12 @@ class Sandbox:
         return Verdict(None, 0, total, f"infrastructure: {reason}", 0.0)
 
 
-class _Worker:
+class _Worker(WorkerProcess):
     """A process of ``dsjax.rl.warden``, with a jail that ``command`` starts. Raises ``Trouble``."""
 
     def __init__(self, command: list[str]) -> None:
-        self.channel, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self.process = subprocess.Popen(
-                    isolation.worker_command([json.dumps(command)]),
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env=isolation.environment(),
-                    start_new_session=True,  # Ctrl-C is for us alone
-                )
-            except OSError as error:
-                self.channel.close()
-                raise Trouble(f"no process could be started: {error}") from None
-        try:
-            self.files: bool = self._receive(START)["files"]
-        except Trouble:
-            self.close()
-            raise
-
-    def ask(self, message: bytes, seconds: float) -> dict[str, Any]:
-        """Sends a request; returns the reply."""
-        self.channel.settimeout(seconds)
-        try:
-            self.channel.sendall(message)
-        except OSError as error:
-            raise Trouble(f"a worker has ended: {error}") from None
-        return self._receive(seconds)
+        super().__init__("warden", [json.dumps(command)], called="a worker")
+        self.files: bool = self.first_word(START)["files"]
 
     def does_not_hold(self) -> str:
         """What is wrong with its jail, found out by a program that tries what it must not be able to do."""
@@ -207,27 +176,6 @@ class _Worker:
         except Trouble as trouble:
             return str(trouble)
         return "" if reply["passed"] else f"a program was not held ({reply['reason']})"
-
-    def _receive(self, seconds: float) -> dict[str, Any]:
-        self.channel.settimeout(seconds)
-        try:
-            with self.channel.makefile("rb") as file:
-                header = file.read(plain.HEADER)
-                body = file.read(int.from_bytes(header, "big"))
-            reply = plain.unpack(body)
-        except TimeoutError:
-            raise Trouble(f"a worker said nothing for {seconds:.0f} s") from None
-        except (OSError, plain.Malformed) as error:
-            raise Trouble(f"a worker has ended: {error}") from None
-        if "trouble" in reply:
-            raise Trouble(reply["trouble"])
-        return reply
-
-    def close(self) -> None:
-        """Ends it, and with it the jail and what runs there."""
-        self.channel.close()
-        self.process.kill()
-        self.process.wait()
 
 
 # Refused in a row if the jail holds: it stops at the first that is not.

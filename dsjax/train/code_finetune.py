@@ -54,6 +54,7 @@ from dsjax.train.loop import Counters
 from dsjax.train.lora import whole_weights
 from dsjax.train.pretrain import Pretrain, Regime, Setting
 from dsjax.train.selection import keep_best
+from dsjax.train.start import begun_with, with_tokenizer
 from dsjax.train.step import LossFunction, LossReport, TrainState, next_token_loss
 
 Say = Callable[[str], None]
@@ -163,18 +164,11 @@ def inherited(config: CodeFinetune, run_folder: RunFolder) -> CodeFinetune:
     """
     if not (config.inherit and config.train.start_from):
         return config
-    start = run_folder if run_folder.has_checkpoint() else RunFolder(pathlib.Path(config.train.start_from))
-    base = start.read_config()
+    start, base = begun_with(config, run_folder)
     path = config.data.tokenizer_path or str(start.tokenizer)
     if not pathlib.Path(path).is_file():
         raise UserError(f"train.start_from is {start.path}, which has no tokenizer.json; set data.tokenizer_path")
-    data = dataclasses.replace(
-        config.data,
-        tokenizer_path=path,
-        special_tokens=(),
-        vocab_size=base.data.vocab_size,
-        end_token=base.data.end_token,
-    )
+    data = with_tokenizer(config.data, base, path)
     config = dataclasses.replace(config, model=base.model, data=data)
     validate(config)
     return config

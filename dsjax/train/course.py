@@ -223,10 +223,12 @@ class Course:
         written = None if ahead is None else Written.from_plain(ahead, self.exercise)
         self.ahead = None if written is None else lambda: written
 
-    def close(self) -> None:
-        """Waits for texts that are being written."""
+    def wait(self) -> None:
+        """Until no text is being written."""
         if self.ahead is not None:
             self.ahead()
+
+    close = wait  # nothing else is open
 
 
 def metrics_of(written: Written, worth: Worth) -> dict[str, float]:

@@ -49,7 +49,7 @@ from dsjax.train import pretrain
 from dsjax.train.curriculum import course_order
 from dsjax.train.policy_loss import with_routers
 from dsjax.train.pretrain import Pretrain, Regime, Setting
-from dsjax.train.start import Start
+from dsjax.train.start import Start, begun_with, with_tokenizer
 from dsjax.train.step import LossFunction, LossReport
 
 Say = Callable[[str], None]
@@ -168,8 +168,7 @@ def inherited(config: Preference, run_folder: RunFolder) -> tuple[Preference, To
     Raises:
         UserError: there is no such run, it has no tokenizer, or its model needs more than tokens.
     """
-    start = run_folder if run_folder.has_checkpoint() else RunFolder(pathlib.Path(config.train.start_from))
-    base = start.read_config()
+    start, base = begun_with(config, run_folder)
     if not start.tokenizer.is_file():
         raise UserError(f"train.start_from is {start.path}, which has no tokenizer.json; no pair can be read without")
     if base.model.structure is not None:
@@ -177,13 +176,7 @@ def inherited(config: Preference, run_folder: RunFolder) -> tuple[Preference, To
             f"train.start_from is {start.path}, whose model is given the structure of code; pairs are learned by models"
             " of plain tokens"
         )
-    data = dataclasses.replace(
-        config.data,
-        tokenizer_path=str(start.tokenizer),
-        special_tokens=(),
-        vocab_size=base.data.vocab_size,
-        end_token=base.data.end_token,
-    )
+    data = with_tokenizer(config.data, base, str(start.tokenizer))
     model = dataclasses.replace(base.model, values="head" if config.method == "reward" else "none")
     config = dataclasses.replace(config, model=model, data=data)
     validate(config)
@@ -404,7 +397,8 @@ def references(setting: Setting) -> tuple[Float32[np.ndarray, "N 2"], Float32[np
     found = _kept(path, setting.corpus.content)
     if found is None:
         setting.say(f"reference: log-probabilities of {sum(map(len, sides)):,} pairs")
-        variables = starting_variables(setting)
+        source = Start(pathlib.Path(config.train.start_from), setting.corpus.tokenizer, run_folder.base())
+        variables = source.variables(setting.trainer, config.train.seed)
         raw = dataclasses.replace(config.labels, beta=1.0, per_token=False)
         found = [read_rewards(setting, raw, variables, pairs, lambda: False) for pairs in sides]
         if not hosts.index():
@@ -423,12 +417,3 @@ def _kept(path: pathlib.Path, content: str) -> list[Float32[np.ndarray, "N 2"]] 
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
-
-
-def starting_variables(setting: Setting) -> Any:
-    """All variables of the model that training begins with, on the devices."""
-    config, trainer = setting.config, setting.trainer
-    source = Start(pathlib.Path(config.train.start_from), setting.corpus.tokenizer, setting.run.base())
-    seed: Any = np.uint32(config.train.seed)
-    state = source.with_weights(trainer, trainer.init(seed))
-    return dataclasses.replace(state, frozen=source.frozen(trainer)).variables

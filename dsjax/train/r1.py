@@ -59,8 +59,8 @@ from dsjax.train.r1_report import (
     report_of,
     solved_by,
     spent_on,
-    variables_of,
 )
+from dsjax.train.start import Start, begun_with, with_tokenizer
 from dsjax.train.supervised import exercise_corpus, level_mix, supervised
 
 Say = Callable[[str], None]
@@ -213,17 +213,10 @@ def inherited(config: R1, run_folder: RunFolder) -> tuple[R1, Tokenizer]:
         data = config.data
         path = data.tokenizer_path
         return config, load_tokenizer(path, end_token=data.end_token) if path else byte_tokenizer()
-    start = run_folder if run_folder.has_checkpoint() else RunFolder(pathlib.Path(config.train.start_from))
-    base = start.read_config()
+    start, base = begun_with(config, run_folder)
     if not start.tokenizer.is_file():
         raise UserError(f"train.start_from is {start.path}, which has no tokenizer.json; set data.tokenizer_path")
-    data = dataclasses.replace(
-        config.data,
-        tokenizer_path=str(start.tokenizer),
-        special_tokens=(),
-        vocab_size=base.data.vocab_size,
-        end_token=base.data.end_token,
-    )
+    data = with_tokenizer(config.data, base, str(start.tokenizer))
     model = dataclasses.replace(base.model, values=config.model.values)
     config = dataclasses.replace(config, model=model, data=data)
     validated(config)
@@ -399,7 +392,8 @@ def judged(config: R1, rewards: Rewards, course: Course, written: Written) -> Wo
 
 def reference_of(config: R1, setting: Setting) -> Any:
     """All variables of the policy that RL began with."""
-    return variables_of(RunFolder(pathlib.Path(config.train.start_from)), setting.trainer)
+    source = Start(pathlib.Path(config.train.start_from), setting.corpus.tokenizer, setting.run.base())
+    return source.variables(setting.trainer, config.train.seed)
 
 
 def validation(
@@ -419,7 +413,7 @@ def validation(
     ]
 
     def evaluate(variables: Any, stopped: Callable[[], bool]) -> dict[str, float]:
-        course.close()  # one engine writes for both
+        course.wait()  # one engine writes for both
         found = solved(
             sampler,
             whole_weights(variables, jnp.dtype(config.compute.dtype)),

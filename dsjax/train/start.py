@@ -10,16 +10,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 
 from dsjax.checkpoint import flatten, path_name
 from dsjax.config import UserError
+from dsjax.data.prepare import DataConfig
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.runs import Base, RunFolder
 from dsjax.train.step import Trainer, TrainState
 
 CRITIC = "critic/"  # what the names of a decoder of values begin with
 ORIGIN = "hf"  # what a converted run keeps for the way back
+
+
+def begun_with(config: Any, run_folder: RunFolder) -> tuple[RunFolder, Any]:
+    """The run that fine-tuning begins with, or the one in ``run_folder`` that has begun, and its config.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    start = run_folder if run_folder.has_checkpoint() else RunFolder(pathlib.Path(config.train.start_from))
+    return start, start.read_config()
+
+
+def with_tokenizer(data: DataConfig, base: Any, path: str) -> DataConfig:
+    """``data`` with the tokenizer of a run whose config is ``base``, in the file ``path``."""
+    end, size = base.data.end_token, base.data.vocab_size
+    return dataclasses.replace(data, tokenizer_path=path, special_tokens=(), vocab_size=size, end_token=end)
 
 
 class Start:
@@ -112,6 +130,20 @@ class Start:
                 x = checkpoints.restore_part({name: array}, self.base.step, again=bool(kept))[name]
                 kept[path] = trainer.base.freeze(path, x)
         return traverse_util.unflatten_dict(kept)
+
+    def variables(self, trainer: Trainer, seed: int) -> Any:
+        """All variables of the model that training begins with, where ``trainer`` has them.
+
+        Args:
+            trainer: of the run that begins.
+            seed: of what the run has not.
+
+        Raises:
+            UserError: as :meth:`with_weights`.
+        """
+        number: Any = np.uint32(seed)  # a seed may not fit int32
+        state = self.with_weights(trainer, trainer.init(number))
+        return dataclasses.replace(state, frozen=self.frozen(trainer)).variables
 
     def hand_on(self, run: RunFolder) -> None:
         """What the run keeps of the folder that it was converted from, the new one keeps, too: so it can go back."""

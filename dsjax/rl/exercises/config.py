@@ -72,7 +72,9 @@ def families_of(cfg: ExercisesConfig) -> dict[str, Family]:
         own = lines.read_families(path, cfg.form)
         for name in own:
             if name in read:
-                raise UserError(f"files.{number} is {path!r}, and another file has a family {name!r}, too; rename one")
+                raise UserError(
+                    f"exercises.files.{number} is {path!r}, and another file has a family {name!r}, too; rename one"
+                )
         read |= own
         if not any(name in chosen for name in own):
             chosen |= dict.fromkeys(own, ())
@@ -102,7 +104,9 @@ def _built_in(name: str, number: int, form: AnswerForm, files: tuple[str, ...]) 
         return gym.family(name, form)
     known = names(files)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or [n for n in known if "/" not in n]
-    raise UserError(f"families.{number}.name is {name!r}; there is no such family; near ones are {', '.join(near)}")
+    raise UserError(
+        f"exercises.families.{number}.name is {name!r}; there is no such family; near ones are {', '.join(near)}"
+    )
 
 
 def _check_mark(family: Family, form: AnswerForm) -> None:

@@ -77,9 +77,11 @@ def family(name: str, form: AnswerForm) -> Gym:
     """
     short = name.removeprefix(PREFIX)
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(f"families has {name!r}, but reasoning-gym is not installed: pip install 'dsjax[math]'")
+        raise UserError(
+            f"exercises.families has {name!r}, but reasoning-gym is not installed: pip install 'dsjax[math]'"
+        )
     if short in gym_datasets.REFUSED:
-        raise UserError(f"families has {name!r}, which can not be used: {gym_datasets.REFUSED[short]}")
+        raise UserError(f"exercises.families has {name!r}, which can not be used: {gym_datasets.REFUSED[short]}")
     return Gym(name, gym_datasets.levels(short), form)
 
 
