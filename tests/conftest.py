@@ -8,21 +8,29 @@ import pathlib
 import signal
 from collections.abc import Iterator
 
+import xla_flags
+
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",  # a third less to compile; tests run little
-)
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags.EIGHT_DEVICES} {xla_flags.QUICK}"
 
+# Each of pytest-xdist's workers has a core of its own, and with it the processes that its tests start: programs of
+# eight devices would fight for all of them otherwise, and the pinned processes of all workers would share the first.
+if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["dsjax", "pallas_kernels"], "typecheck.check")
+# What an example takes tells of the machine, and of what was compiled for it.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 MOST_MAPPINGS = 25_000  # Linux ends a process that wants more than 65,530
 

@@ -6,11 +6,12 @@ import os
 
 import orbax.checkpoint  # noqa: F401 - so that forked children have it
 import tensorstore  # noqa: F401
+from xla_flags import QUICK
 
 from dsjax.cli import main
 from dsjax.convert import check, command  # noqa: F401
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def convert(source: str, target: str) -> int:

@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import numpy as np
+from xla_flags import QUICK
 
 from dsjax.checkpoint import Checkpoints, combined_hash, state_hashes
 from dsjax.data.corpus import Source
@@ -142,13 +143,14 @@ class Child:
         pin = f"import os\nos.sched_setaffinity(0, {{{core}}})\n"
         program = [sys.executable, "-c", f"{pin}{code}\nfrom dsjax.cli import main\nmain()"]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        ours = {"XLA_FLAGS": QUICK, "PYTHONPATH": path, "DSJAX_CACHE": str(home() / "cache")}
         self.process = subprocess.Popen(
             [*program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
-            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": path, "DSJAX_CACHE": str(home() / "cache")} | (env or {}),
+            env=os.environ | ours | (env or {}),
         )
         self.said = ""
 

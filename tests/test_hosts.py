@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from xla_flags import QUICK
 
 from dsjax import hosts
 from dsjax.config import UserError
@@ -179,7 +180,7 @@ def free_port() -> int:
 
 
 def launch(scenario: str, index: int, count: int, port: int) -> subprocess.Popen[str]:
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {QUICK}"}
     return subprocess.Popen(
         [sys.executable, __file__, scenario, str(index), str(count), str(port)],
         env=os.environ | flags | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import nbclient
 import nbformat
 import pytest
+from xla_flags import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -26,14 +27,14 @@ def forgiving_the_tools(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")(ours(test))
 
 
-def run(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, flags: str = "") -> tuple[list, str]:
-    """The outputs of a notebook's code cells, and what it printed, with some flags of XLA."""
+def run(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list, str]:
+    """The outputs of a notebook's code cells, and what it printed."""
     monkeypatch.setenv("DSJAX_NOTEBOOK_STEPS", "12")
     monkeypatch.setenv("DSJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", flags)  # one device, as on a laptop
+    monkeypatch.setenv("XLA_FLAGS", QUICK)  # one device, as on a laptop
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
@@ -88,8 +89,7 @@ def test_the_checkpoint_goes_there_and_back(tmp_path: pathlib.Path, monkeypatch:
 
 @forgiving_the_tools
 def test_the_coder_is_told_and_kept_within_the_grammar(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Four programs for each model: what counts is how long they take to compile.
-    outputs, printed = run("02_coder", tmp_path, monkeypatch, "--xla_backend_optimization_level=0")
+    outputs, printed = run("02_coder", tmp_path, monkeypatch)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, "the syntax and the losses"
     same, prefixes = re.findall(r"(\d+) of (\d+) prefixes have the same features, 17 numbers a token", printed)[0]
     assert same == prefixes

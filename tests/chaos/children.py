@@ -13,6 +13,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from xla_flags import QUICK
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _HANG_SECONDS = 20
 _MEMORY = 2**30  # that all trials together may take, above what the good files take
@@ -44,7 +46,7 @@ def failures(module: str, n: int, seed: int, *, defended: bool = True) -> Iterat
         defended: False switches off what is under test.
     """
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = os.environ | {"PYTHONPATH": path, "RUST_BACKTRACE": "0", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = os.environ | {"PYTHONPATH": path, "RUST_BACKTRACE": "0", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     first = 0
     while first < n:
         with tempfile.TemporaryDirectory() as place:

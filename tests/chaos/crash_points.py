@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint  # noqa: F401 - so that forked children have it
+from xla_flags import QUICK
 
 from chaos import Goal
 from chaos.durability import Rules, not_durable
@@ -332,7 +333,7 @@ def run(
     return Goal(name, n, tuple(failures), time.perf_counter() - begin)
 
 
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "OPENBLAS_NUM_THREADS": "1"}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def _sample(every: list[Fault], count: int | None, seed: int, scene: int, scenes: int) -> list[Fault]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from small_runs import Child, saved_steps, state_hash
+from xla_flags import QUICK
 
 from chaos import Goal
 from chaos.kills import losses_of
@@ -43,7 +44,7 @@ class Group:
                 *((*joined, "--process-id", str(index)) if processes > 1 else ()),
                 code=code,
                 core=cores[index % len(cores)],
-                env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+                env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"},
             )
             for index in range(processes)
         ]
