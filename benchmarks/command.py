@@ -22,6 +22,7 @@ from benchmarks.timing import ROOT, compare
 
 TORCH = "torch==2.13.0"
 TRANSFORMERS = "transformers==5.24.0"
+TUNIX = "google-tunix==0.1.7"
 
 
 def train(
@@ -240,6 +241,34 @@ def grammar(
     show(compare_all(run, rounds=rounds, tokens=tokens), target)
 
 
+def r1(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    model: Annotated[Literal["0.7M", "10M"], arg(help="parameters of the model")] = "0.7M",
+    rounds: Annotated[int, arg(help="counted iterations of each contender")] = 7,
+    torch: Annotated[
+        bool, arg(help=f"time a loop of transformers and PyTorch too; installs {TRANSFORMERS} into .venv-torch")
+    ] = False,
+    tunix: Annotated[bool, arg(help=f"time Tunix's GRPO too; installs {TUNIX}, 2 GB, into .venv-tunix")] = False,
+) -> None:
+    """Time iterations of R1 on one core: writing, judging and learning, in alternation, on an idle machine."""
+    from benchmarks.r1_speed import HUGGING_FACE, config_of, prepare
+    from benchmarks.r1_speed import compare as compare_loops
+    from benchmarks.r1_speed import table as r1_table
+
+    target = target_of(json)
+    folder = ROOT / "build" / f"r1_speed_{model}"
+    prepare(config_of(model), folder)
+    pythons = {"dsjax": sys.executable}
+    if torch:
+        pythons |= dict.fromkeys(HUGGING_FACE, torch_interpreter(TRANSFORMERS))
+    if tunix:
+        pythons["tunix"] = interpreter(".venv-tunix", TUNIX)
+    figures = compare_loops(folder, pythons, rounds=rounds)
+    print(r1_table(figures), file=sys.stderr)
+    show(figures, target)
+
+
 def plans(
     only: Annotated[Literal["all", "scaling", "presets", "inference", "published"], arg(help="which part")] = "all",
 ) -> None:
@@ -267,10 +296,15 @@ def show(figures: dict[str, Any], target: pathlib.Path | None) -> None:
 
 def torch_interpreter(*more: str) -> str:
     """The interpreter of an environment with PyTorch and ``more``, made if missing; the project's own never gets it."""
-    folder = ROOT / ".venv-torch"
+    return interpreter(".venv-torch", TORCH, "numpy", *more)
+
+
+def interpreter(name: str, *packages: str) -> str:
+    """The interpreter of the environment ``name`` beside the project's own, with packages; made if missing."""
+    folder = ROOT / name
     python, done = folder / "bin" / "python", folder / "installed"
     have = done.read_text(encoding="utf-8").split() if done.exists() else []
-    wanted = [package for package in (TORCH, "numpy", *more) if package not in have]
+    wanted = [package for package in packages if package not in have]
     if wanted:
         print(f"installing {' '.join(wanted)} into {folder.name}", file=sys.stderr)
         if not have:
@@ -297,6 +331,7 @@ def main() -> None:
     app.command(parity)
     app.command(sandbox)
     app.command(grammar)
+    app.command(r1)
     app.command(plans)
     app.cli(prog="scripts/bench", description=__doc__, config=(FlagCreatePairsOff,))
 

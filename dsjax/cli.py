@@ -85,66 +85,59 @@ def inspect(
 
 def evaluate(
     run: Annotated[
-        Positional[str], arg(metavar="DIR", help="a RUN; for programs also a folder of Hugging Face's layout")
+        Positional[str],
+        arg(metavar="DIR", help="a RUN; for programs and exercises also a folder of Hugging Face's layout"),
     ],
     /,
     *,
     task: Annotated[
-        Literal["report", "needle", "repair", "humaneval", "mbpp", "tasks"],
-        arg(help="needle: facts hidden in held-out text; humaneval, mbpp, tasks: programs, run in the sandbox; repair"),
-    ] = "report",
+        Literal["", "report", "exercises", "needle", "repair", "humaneval", "mbpp", "tasks"],
+        arg(help="default: exercises if the run learned from some, else report (bits per byte)"),
+    ] = "",
     samples: Annotated[
         int | None,
-        arg(metavar="N", help="bodies for parse_share or needles (64); of programs, for each problem (the largest k)"),
+        arg(metavar="N", help="bodies for parse_share or needles (64); for each problem (the largest k) or exercise"),
     ] = None,
     length: Annotated[int, arg(metavar="TOKENS", help="of a row with needles; 0: as in training")] = 0,
-    k: Annotated[str, arg(metavar="N[,N...]", help="of programs: pass@k")] = "1",
+    k: Annotated[str, arg(metavar="N[,N...]", help="of programs and exercises: pass@k")] = "1",
     problems: Annotated[str, arg(metavar="FILE", help="of programs: JSON lines of HumanEval, MBPP or tasks")] = "",
-    limit: Annotated[int, arg(metavar="N", help="the first N problems, or repairs; 0: all (tasks, repairs: 200)")] = 0,
-    max_tokens: Annotated[int, arg(metavar="N", help="of a program")] = 384,
+    exercises: Annotated[str, arg(metavar="RUN", help="ask those of another run; default: the run's own")] = "",
+    limit: Annotated[
+        int,
+        arg(metavar="N", help="the first N problems, or repairs; 0: all (tasks, repairs: 200); exercises of a level"),
+    ] = 0,
+    max_tokens: Annotated[
+        int | None, arg(metavar="N", help="of a text; default: 384 of a program, of an exercise the run's")
+    ] = None,
     temperature: Annotated[
-        float | None, arg(metavar="X", help="of programs; default: 0 for one sample, else 0.8")
+        float | None, arg(metavar="X", help="default: of programs 0 for one sample, else 0.8; of exercises the run's")
     ] = None,
     grammar: Annotated[Literal["", "python"], arg(help="python: only what Python parses is written")] = "",
     chat: Annotated[bool, arg(help="problems are a user's messages; the model's chat template is used")] = False,
-    seed: Annotated[int, arg(metavar="N", help="of programs, or errors")] = 0,
+    seed: Annotated[int | None, arg(metavar="N", help="default: 0; of the texts of exercises the run's")] = None,
     output: Annotated[str, arg(metavar="FILE", help="of these: JSON; default: TASK.json in the run's folder")] = "",
     quiet: Annotated[bool, arg(help="print only the report")] = False,
 ) -> int:
     """Held-out bits per byte beside its baselines, and sampled function bodies; writes report.md and report.json.
 
+    With --task exercises: pass@k of held-out exercises by family and level; writes exercises.json. As many exercises
+    of a level, and texts for each, as the report of the run has, if --limit and --samples do not say.
     With --task needle: facts hidden in held-out text and asked for at its end; writes needle.json and needle.png.
     With --task humaneval, mbpp or tasks (held-out compositions): the model's programs are run in the sandbox.
     With --task repair: broken functions of held-out files, and the share that a model trained on repairs mends.
     Example: dsjax eval runs/coder --task tasks --k 1,10 --samples 20
     """
-    if samples is not None and samples < 1:
-        raise UserError(f"--samples is {samples}; it must be at least 1")
-    if length < 0 or (length and task != "needle"):
-        raise UserError(f"--length is {length}; it is a number of tokens from 1, or 0, and goes with --task needle")
-    folder, file = pathlib.Path(run), pathlib.Path(output) if output else None
+    from dsjax.evals import command
+
+    file = pathlib.Path(output) if output else None
+    ks = tuple(whole_numbers("--k", k))
+    request = command.Request(
+        pathlib.Path(run), task, samples, length, ks, problems, exercises, limit, max_tokens, temperature,
+        bool(grammar), chat, seed, file, quiet,
+    )  # fmt: skip
+    request.check()
     start_jax()
-    if task in ("humaneval", "mbpp", "tasks"):
-        from dsjax.evals.written_programs import WrittenPrograms, evaluate_programs
-
-        asked = WrittenPrograms(
-            task, tuple(whole_numbers("--k", k)), samples or 0, problems, limit, max_tokens, temperature,
-            bool(grammar), chat, seed=seed,
-        )  # fmt: skip
-        evaluate_programs(folder, asked, output=file, quiet=quiet)
-    elif task == "needle":
-        from dsjax.evals.needle_text import evaluate_needle
-
-        evaluate_needle(folder, length=length, num_samples=samples or 64, quiet=quiet)
-    elif task == "repair":
-        from dsjax.evals.repair import evaluate_repair
-
-        evaluate_repair(folder, limit=limit, seed=seed, output=file)
-    else:
-        from dsjax.evals.report import evaluate_run
-
-        evaluate_run(folder, num_samples=samples or 64, quiet=quiet)
-    return 0
+    return command.run(request)
 
 
 def generate(

@@ -23,6 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import Bounds, UserError
+from pallas_kernels.platforms import compiled_for
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
@@ -198,12 +199,22 @@ _current: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Contex
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None, rules: Rules = Rules()) -> Iterator[None]:
-    """Within it, :func:`shard` places activations on ``mesh``; a step function enters it while it is traced."""
+    """Within it, :func:`shard` places activations on ``mesh``; a step function enters it while it is traced.
+
+    Of what is written for each platform apart, only the form for the mesh's devices is traced.
+    """
     token = _current.set(None if mesh is None or mesh.size == 1 else (mesh, rules))
     try:
-        yield
+        with compiled_for(compiled_for.value if mesh is None else _platform(mesh)):
+            yield
     finally:
         _current.reset(token)
+
+
+def _platform(mesh: Mesh) -> str | None:
+    """What :func:`jax.lax.platform_dependent` calls the platform of the mesh's devices; None: there are several."""
+    platform = mesh.devices.flat[0].platform
+    return None if platform == "gpu" else platform
 
 
 def current_mesh() -> tuple[Mesh, Rules] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from dsjax.nn.history import CopyConfig, NgramConfig
 from dsjax.nn.masks import Documents
 from dsjax.nn.mlp import MLPConfig
 from dsjax.nn.moe import MoEConfig
+from pallas_kernels.platforms import compiled_for
 
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True, conv_taps=3)
 V = 32
@@ -50,20 +52,21 @@ def weights(cfg: DecoderConfig, seed: int = 0) -> Any:
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state)
 
 
+@functools.cache
 def graph(cfg: DecoderConfig, **compute: Any) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Decoder(cfg, ComputeConfig(**compute), rngs=nnx.Rngs(0))))[0]
 
 
 def logits(cfg: DecoderConfig, params: Any, tokens_BT: np.ndarray, documents: Documents | None = None, **compute: Any):
     """Logits of whole rows, jitted."""
-    definition = graph(cfg, **compute)
+    with compiled_for("cpu"):
+        return np.asarray(_logits(graph(cfg, **compute), params, jnp.asarray(tokens_BT, jnp.int32), documents))
 
-    @jax.jit
-    def run(params, tokens_BT, documents):
-        model = nnx.merge(definition, params)
-        return model.logits(model(tokens_BT, documents))
 
-    return np.asarray(run(params, jnp.asarray(tokens_BT, jnp.int32), documents))
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(definition: Any, params: Any, tokens_BT: jax.Array, documents: Documents | None) -> jax.Array:
+    model = nnx.merge(definition, params)
+    return model.logits(model(tokens_BT, documents))
 
 
 def random_tokens(B: int, T: int, seed: int = 0, ids: int = 6) -> np.ndarray:

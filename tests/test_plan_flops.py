@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -173,9 +174,20 @@ def test_segmented_attention_counts_what_is_visible(platform: str, documents: bo
 # ---------------------------------------------------------------- whole steps
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 4, "context": 2}])
-@pytest.mark.parametrize("name", ["tiny", "tiny_moe"])
+MESHES = [{}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 4, "context": 2}]
+REMATS = ["none", "dots", "full"]
+
+
+def every_pair() -> Iterator[Any]:
+    """Each mesh and each kind of recomputation once with the model of experts; the other pairs are slow."""
+    for name in ("tiny", "tiny_moe"):
+        for i, mesh in enumerate(MESHES):
+            for j, remat in enumerate(REMATS):
+                slow = name == "tiny_moe" and i != j
+                yield pytest.param(name, mesh, remat, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize(("name", "mesh", "remat"), every_pair())
 def test_a_training_step_does_what_the_config_says(name: str, mesh: dict[str, int], remat: str) -> None:
     config = apply_overrides(load_config(CONFIGS / f"{name}.py"), [f"compute.remat={remat}"])
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh))

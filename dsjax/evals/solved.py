@@ -34,24 +34,28 @@ class Solved:
     sampled_NK: np.ndarray
     greedy_N: np.ndarray
 
-    def by_level(self) -> dict[str, dict[int, dict[str, Any]]]:
+    def by_level(self, k: Sequence[int] = ()) -> dict[str, dict[int, dict[str, Any]]]:
         """For each family and level ``pass@1`` (and ``pass@K``) with a 95 % interval over exercises, ``greedy``, the
-        number of exercises, and of texts whose verdict is unknown. What is unknown is left out of the shares."""
+        number of exercises, and of texts whose verdict is unknown. What is unknown is left out of the shares.
+
+        ``k``: of further ``pass@k``, each where every exercise has so many texts of known verdict.
+        """
         table: dict[str, dict[int, dict[str, Any]]] = {}
         arms = [(e.family, e.level) for e in self.exercises]
         for family, level in dict.fromkeys(arms):
             mine = np.array([arm == (family, level) for arm in arms])
             greedy_N = self.greedy_N[mine] if self.greedy_N.size else self.greedy_N
-            table.setdefault(family, {})[level] = _figures(self.sampled_NK[mine], greedy_N)
+            table.setdefault(family, {})[level] = _figures(self.sampled_NK[mine], greedy_N, k)
         return table
 
 
-def _figures(sampled_NK: np.ndarray, greedy_N: np.ndarray) -> dict[str, Any]:
+def _figures(sampled_NK: np.ndarray, greedy_N: np.ndarray, further: Sequence[int]) -> dict[str, Any]:
     known_NK = np.isfinite(sampled_NK)
     results = [(int(k.sum()), int(np.nansum(row))) for k, row in zip(known_NK, sampled_NK, strict=True) if k.any()]
     found: dict[str, Any] = {"exercises": len(sampled_NK), "unknown": int((~known_NK).sum())}
     if results:
-        for k in sorted({1, min(n for n, _ in results)}):
+        most = min(n for n, _ in results)
+        for k in sorted({1, most, *(k for k in further if k < most)}):
             passed = estimate(results, k)
             found[f"pass@{k}"] = {"value": passed.value, "low": passed.low, "high": passed.high}
     if greedy_N.size and np.isfinite(greedy_N).any():

@@ -4,7 +4,7 @@
     index(), count(), name(i)   who this is, how many there are, what a message calls them
     exchange(name, value)       the values of all processes; same(name, value): they must be equal
     Agreement().ask(flag)       whether any process asks to stop; every process learns it at the same step
-    beat(step)                  this process makes progress
+    beat(step)                  this process makes progress; beat(), within a step
     finish() or leave(code, sentence)   the end: all together, or this process alone, which ends the others
 
 Without :func:`start` there is one process, and every function does what is right for one, at no cost.
@@ -284,8 +284,8 @@ class Agreement:
 # ---------------------------------------------------------------- living and ending
 
 
-def beat(step: int) -> None:
-    """This process is about to dispatch ``step``.
+def beat(step: int | None = None) -> None:
+    """This process is about to dispatch ``step``; None: it is still at the last one, and got on.
 
     From the first call on, ``HostsConfig.stall_after`` seconds without another one end the run. Called with the batch
     at hand and right before the step, it tells the process that hangs, one step behind, from those that wait for it.

@@ -99,9 +99,9 @@ class Watch:
         """The run is done: what happens to others no longer matters."""
         self._done.set()
 
-    def beat(self, step: int) -> None:
+    def beat(self, step: int | None) -> None:
         """This process makes progress."""
-        self._step = step
+        self._step = self._step if step is None else step
         self._turns += 1
 
     # ---------------------------------------------------------------- the two threads

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.platforms import by_platform
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _move(rows_RD, out: Segments, into: Segments, hop: Hop, num_rows: int):
     kernels = {"tpu": _ragged, "cuda": _ragged, "default": _padded}
     static: dict[str, Any] = {"axis": hop.axis, "num_rows": num_rows, "num_slots": hop.num_slots}
     choices = {platform: functools.partial(f, **static) for platform, f in kernels.items()}
-    return jax.lax.platform_dependent(rows_RD, out, into, **choices)
+    return by_platform(rows_RD, out, into, **choices)
 
 
 def _ragged(rows_RD, out: Segments, into: Segments, *, axis: str, num_rows: int, num_slots: int):

@@ -227,3 +227,18 @@ def best_of(
         ]
         found.append(min(known)[2] if known else None)
     return found
+
+
+def best_and_worst(
+    rewards: Sequence[Sequence[float | None]], lengths: Sequence[Sequence[int]], *, least: float = -math.inf
+) -> list[tuple[int, int] | None]:
+    """The best text of each prompt as :func:`best_of` picks it, and the one with the lowest reward, likewise.
+
+    None is the answer where no text has ``least``, or all have the same reward: there is nothing to prefer.
+    """
+    turned = [[None if reward is None else -reward for reward in own] for own in rewards]
+    best, worst = best_of(rewards, lengths, least=least), best_of(turned, lengths)
+    return [
+        (i, j) if i is not None and j is not None and own[i] != own[j] else None
+        for i, j, own in zip(best, worst, rewards, strict=True)
+    ]

@@ -8,16 +8,18 @@ Which experts a router chose can be told, so that training sends each token ther
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 from jax.sharding import Mesh
 
+from dsjax import hosts
 from dsjax.config import UserError
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.batching import Engine
-from dsjax.infer.requests import Completion, Request
+from dsjax.infer.requests import Completion, Event, Request, collected
 from dsjax.infer.sampling import SamplingConfig
 
 
@@ -94,7 +96,8 @@ class Sampler:
             stop: texts that end one.
 
         Raises:
-            UserError: a prompt is empty or too long, or a count is below 1; nothing is written then.
+            UserError: a prompt is empty or too long, or a count is below 1; nothing is written then. Or processes have
+                come to different tokens.
         """
         requests = [
             Request(
@@ -116,10 +119,16 @@ class Sampler:
                 )
         engine, self._engine = self._with(params), None  # it stays away if it fails: with work left undone
         numbers = [engine.submit(request) for request in requests]
-        found = engine.run()
+        events = list[Event]()
+        while engine.busy:
+            hosts.beat()
+            events += engine.step()
         engine.forget()
-        self._engine = engine
-        return [[rollout_of(completion) for completion in found[number]] for number in numbers]
+        self._engine, found = engine, collected(events)
+        written = [[rollout_of(completion) for completion in found[number]] for number in numbers]
+        if hosts.count() > 1:
+            hosts.same("texts", digest_of(written))
+        return written
 
     def _with(self, params: Any) -> Engine:
         """The engine, with these weights."""
@@ -136,6 +145,11 @@ class Sampler:
             tokenizer=self._tokenizer,
             tell_experts=self._tell_experts,
         )
+
+
+def digest_of(written: Sequence[Sequence[Rollout]]) -> str:
+    """Of all tokens."""
+    return hashlib.sha256(repr([[text.tokens for text in own] for own in written]).encode()).hexdigest()
 
 
 def rollout_of(completion: Completion) -> Rollout:

@@ -257,15 +257,21 @@ def evaluation(sandbox: Sandbox, asked: Sequence[Asked], setting: Setting) -> An
             codes += some
             if stopped():
                 return values
-        verdicts = sandbox.check([whole(a.problem, code) for a, code in zip(asked, codes, strict=True)])
-        if all(verdict.passed is None for verdict in verdicts):
-            setting.say(f"no program could be judged: {verdicts[0].reason}")
-            return values
-        report = figures(cfg, asked, [[code] for code in codes], [[verdict] for verdict in verdicts])
-        values["held_out_pass_at_1"] = report["pass_at_k"]["1"]["value"]
-        for name in ("combined_score", "syntax", "functional", "bleu", "code_bleu"):
-            if report[name] is not None:
-                values[f"held_out_{name}"] = report[name]
-        return values
+        found = {} if hosts.index() else scores(sandbox, asked, codes, cfg, setting.say)
+        return values | hosts.exchange("scores of programs", found)[0]
 
     return evaluate
+
+
+def scores(
+    sandbox: Sandbox, asked: Sequence[Asked], codes: Sequence[str], cfg: WrittenPrograms, say: Say
+) -> dict[str, float]:
+    """Of held-out programs, one for each problem; empty if none could be judged."""
+    verdicts = sandbox.check([whole(a.problem, code) for a, code in zip(asked, codes, strict=True)])
+    if all(verdict.passed is None for verdict in verdicts):
+        say(f"no program could be judged: {verdicts[0].reason}")
+        return {}
+    report = figures(cfg, asked, [[code] for code in codes], [[verdict] for verdict in verdicts])
+    names = ("combined_score", "syntax", "functional", "bleu", "code_bleu")
+    found = {f"held_out_{name}": report[name] for name in names if report[name] is not None}
+    return {"held_out_pass_at_1": report["pass_at_k"]["1"]["value"]} | found

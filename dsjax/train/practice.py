@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from dsjax import hosts
 from dsjax.background import InBackground
 from dsjax.data.structure.stored import scanner
 from dsjax.data.tokenizer import Tokenizer
@@ -183,6 +184,9 @@ class Practice:
         jax.block_until_ready(state.step)
         variables = self._variables(state)
         written, worth = self._groups(variables, choices, counters, watch)
+        if hosts.count() > 1:  # the same programs in the same order on all of them: not from two threads
+            self._course.wait()
+            watch.lap("rollout")
         experience, metrics = self._experience(variables, written, worth)
         watch.lap("score")
         update, rollout, seed = self._cfg.update, self._cfg.rollout, (self._cfg.train.seed, counters.iteration)
@@ -222,7 +226,8 @@ class Practice:
     def _ahead(self, variables: Any, choices: Sequence[Choice], iteration: int, number: int) -> Written:
         """What was written for this iteration while the one before was learned from; and begins the next one's.
 
-        The first one's are written now. The weights are copied, since the update changes them in place.
+        The first one's are written now. The weights are copied, since the update changes them in place. Several
+        processes write while rewards are judged, and learn behind that.
         """
         if self._course.ahead is None:
             written, choices = self._write(variables, choices, iteration, number), next(self._course)

@@ -390,12 +390,14 @@ def evaluation(setting: Setting, reference_N2: Float32[np.ndarray, "N 2"] | None
 def references(setting: Setting) -> tuple[Float32[np.ndarray, "N 2"], Float32[np.ndarray, "M 2"]]:
     """Log-probabilities of training and held-out texts under the weights that training begins with.
 
-    They are computed once and kept in the run folder, so that a run that goes on has the same to the last bit.
+    They are computed once and kept in the run folder, so that a run that goes on has the same to the last bit. If one
+    of several processes does not find them there, all compute them.
     """
     config, run_folder, rows = cast(Preference, setting.config), setting.run, setting.rows
     path, sides = run_folder.path / REFERENCE, (rows.training, rows.held_out)
     found = _kept(path, setting.corpus.content)
-    if found is None:
+    there = hosts.exchange("references", found is not None)
+    if found is None or not all(there):
         setting.say(f"reference: log-probabilities of {sum(map(len, sides)):,} pairs")
         source = Start(pathlib.Path(config.train.start_from), setting.corpus.tokenizer, run_folder.base())
         variables = source.variables(setting.trainer, config.train.seed)

@@ -181,12 +181,12 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
         if code := pretrain.run(of_updates(config), folder, quiet=quiet, regime=regime):
             return code
         if config.report.control:
-            tokens = spent_on(run_folder)["tokens_learned"]
+            tokens = hosts.exchange("tokens learned", spent_on(run_folder)["tokens_learned"])[0]
             say(f"control: solutions again, {tokens:,} tokens as learned in RL")
             regime = solutions(config, families, tokenizer, learned=tokens)
             if code := pretrain.run(control_run(config), folder / "control", quiet=quiet, regime=regime):
                 return code
-        if reports and not hosts.index():
+        if reports:
             report(config, run_folder, families, rewards, say)
     return 0
 
@@ -455,7 +455,8 @@ def summary(values: Mapping[str, float]) -> str:
 
 
 def report(config: R1, run_folder: RunFolder, families: Mapping[str, Family], rewards: Rewards, say: Say) -> None:
-    """Evaluates what there was before and is now, writes it down and draws it."""
+    """Evaluates what there was before and is now, writes it down and draws it; of several processes the first one does,
+    and all of them write texts."""
     runs = {"before": RunFolder(pathlib.Path(config.train.start_from)), "after": run_folder}
     if config.report.control:
         runs["sft_control"] = RunFolder(run_folder.path / "control")
@@ -463,6 +464,8 @@ def report(config: R1, run_folder: RunFolder, families: Mapping[str, Family], re
     say(f"report: {len(exercises):,} held-out exercises, {len(runs)} models")
     mesh, trainer = pretrain.build(of_updates(config), loss_fn=policy_loss(config.policy))
     tables = solved_by(config, trainer, writing_mesh(config, mesh), runs, exercises, rewards)
+    if hosts.index():
+        return
     spent = {name: spent_on(run) for name, run in runs.items()}
     found = report_of(config, levels, tables, spent=spent)
     write_atomic(run_folder.path / "report.json", json.dumps(found, indent=1) + "\n")

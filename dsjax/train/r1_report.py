@@ -20,10 +20,11 @@ import numpy as np
 from dsjax.checkpoint import flatten, path_name
 from dsjax.config import UserError
 from dsjax.data.tokenizer import load_tokenizer
+from dsjax.evals.exercises import held_out_exercises
 from dsjax.evals.solved import solved
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.metrics import read_metrics, write_atomic
-from dsjax.rl.exercises.exercise import Exercise, Family, distinct
+from dsjax.rl.exercises.exercise import Exercise, Family
 from dsjax.rl.rewards import Rewards
 from dsjax.rl.rollout import Sampler
 from dsjax.runs import RunFolder, load_model
@@ -38,12 +39,7 @@ def held_out(config: Any, families: Mapping[str, Family]) -> list[Exercise]:
     Raises:
         UserError: a family has fewer.
     """
-    return [
-        exercise
-        for family in families.values()
-        for level in family.levels
-        for exercise in distinct(family, level, "held_out", config.report.prompts)
-    ]
+    return held_out_exercises(families, config.report.prompts)
 
 
 def named_levels(config: Any, families: Mapping[str, Family]) -> dict[str, int]:

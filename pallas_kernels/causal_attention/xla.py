@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cost import useful_flops
+from pallas_kernels.platforms import by_platform
 
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # finite: a row that is all padding must not give NaN
@@ -145,7 +146,7 @@ def _for_platform(f, tiles: Tiles | None, *arguments):
     if tiles is not None:
         return f(tiles, *arguments)
     on = {"cpu": functools.partial(f, Tiles()), "default": functools.partial(f, ACCELERATOR_TILES)}
-    return jax.lax.platform_dependent(*arguments, **on)
+    return by_platform(*arguments, **on)
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, window, scale, tiles, closes_BTK):

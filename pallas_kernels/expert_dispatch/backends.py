@@ -22,10 +22,10 @@ import functools
 from types import ModuleType
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.expert_dispatch import gpu, tpu, xla
+from pallas_kernels.platforms import by_platform
 
 Implementation = Literal["xla", "tpu", "gpu"]
 _KERNELS: dict[str, tuple[str, ModuleType]] = {"tpu": ("tpu", tpu), "gpu": ("cuda", gpu)}
@@ -62,11 +62,9 @@ def run(implementation: Implementation | None, function: str, *arrays: Any, **st
         platform, backend = _KERNELS[implementation]
         if (reason := backend.why_not(function, *arrays, **static)) is not None:
             raise ValueError(f"implementation {implementation!r}: {reason}")
-        return jax.lax.platform_dependent(*arrays, **{platform: of(backend)}, default=of(backend, interpret=True))
+        return by_platform(*arrays, **{platform: of(backend)}, default=of(backend, interpret=True))
     choices = {"default": of(xla)}
     for platform, backend in _KERNELS.values():
         if backend.why_not(function, *arrays, **static) is None:
             choices[platform] = of(backend)
-    if len(choices) == 1:
-        return choices["default"](*arrays)
-    return jax.lax.platform_dependent(*arrays, **choices)
+    return by_platform(*arrays, **choices)

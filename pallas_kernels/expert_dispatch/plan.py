@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
+from pallas_kernels.platforms import by_platform
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def plan_dispatch(
 def by_row(of_TX: Num[Array, "T X"], row_TX: Int[Array, "T X"], num_rows: int) -> Num[Array, " R"]:
     """What belongs to the pairs, in the order of their rows; 0 behind the last group."""
     by_sorting, by_scattering = (functools.partial(f, num_rows=num_rows) for f in (_by_sorting, _by_scattering))
-    return jax.lax.platform_dependent(of_TX, row_TX, tpu=by_sorting, default=by_scattering)
+    return by_platform(of_TX, row_TX, tpu=by_sorting, default=by_scattering)
 
 
 def _by_scattering(of_TX: jax.Array, row_TX: jax.Array, num_rows: int) -> jax.Array:

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int, Num
 from pallas_kernels.expert_dispatch import Plan, dispatch, sum_rows
 from pallas_kernels.grouped_matmul import gpu, tpu, xla
 from pallas_kernels.grouped_matmul.reference import grouped_matmul_reference, grouped_swiglu_reference
+from pallas_kernels.platforms import by_platform
 
 Implementation = Literal["reference", "xla", "tpu", "gpu"]
 _KERNELS: dict[str, tuple[str, ModuleType]] = {"tpu": ("tpu", tpu), "gpu": ("cuda", gpu)}
@@ -220,11 +221,9 @@ def _run(implementation: Implementation | None, function: str, *arrays: Any, **s
         platform, backend = _KERNELS[implementation]
         if (reason := backend.why_not(function, *arrays, **static)) is not None:
             raise ValueError(f"implementation {implementation!r}: {reason}")
-        return jax.lax.platform_dependent(*arrays, **{platform: of(backend)}, default=of(backend, interpret=True))
+        return by_platform(*arrays, **{platform: of(backend)}, default=of(backend, interpret=True))
     choices = {"default": of(xla)}
     for platform, backend in _KERNELS.values():
         if backend.why_not(function, *arrays, **static) is None:
             choices[platform] = of(backend)
-    if len(choices) == 1:
-        return choices["default"](*arrays)
-    return jax.lax.platform_dependent(*arrays, **choices)
+    return by_platform(*arrays, **choices)

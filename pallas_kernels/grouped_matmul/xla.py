@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul.blocks import over_groups
+from pallas_kernels.platforms import by_platform
 
 SPARE_ROWS = 128  # behind what is saved
 
@@ -42,7 +43,7 @@ def swiglu_backward(x_TD, token_R, w_gate_GDF, w_up_GDF, w_down_GFD, sizes_E, fi
 
 def _by_platform(blocks: Callable[..., Any], ragged: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
     forms = {"cpu": functools.partial(blocks, **static), "default": functools.partial(ragged, **static)}
-    return jax.lax.platform_dependent(*arrays, **forms)
+    return by_platform(*arrays, **forms)
 
 
 # ---------------------------------------------------------------- blocks of rows

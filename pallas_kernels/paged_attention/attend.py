@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention import tpu, xla
 from pallas_kernels.paged_attention.reference import paged_attention_reference
+from pallas_kernels.platforms import by_platform
 
 Implementation = Literal["reference", "xla", "tpu"]
 
@@ -74,9 +74,9 @@ def paged_attention(
     if implementation == "tpu":
         if reason is not None:
             raise ValueError(f"implementation 'tpu': {reason}")
-        return jax.lax.platform_dependent(*arrays, tpu=kernel, default=functools.partial(kernel, interpret=True))
+        return by_platform(*arrays, tpu=kernel, default=functools.partial(kernel, interpret=True))
     choices: dict[str, Any] = {} if reason is not None else {"tpu": kernel}
-    return jax.lax.platform_dependent(*arrays, **choices, default=functools.partial(xla.forward, **options))
+    return by_platform(*arrays, **choices, default=functools.partial(xla.forward, **options))
 
 
 def _check(

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.platforms import by_platform
 from pallas_kernels.segmented_attention import gpu, tpu, xla
 from pallas_kernels.segmented_attention.far import Tails, add_before, add_chosen, chosen_gradients, gradients_before
 from pallas_kernels.segmented_attention.reference import segmented_attention_reference
@@ -190,9 +191,9 @@ def _run(implementation: Implementation | None, function: str, *arrays: Any, **s
         platform, backend = kernels[implementation]
         if (reason := backend.why_not(function, *arrays, **static)) is not None:
             raise ValueError(f"implementation {implementation!r}: {reason}")
-        return jax.lax.platform_dependent(*arrays, **{platform: of(backend)}, default=of(backend, interpret=True))
+        return by_platform(*arrays, **{platform: of(backend)}, default=of(backend, interpret=True))
     choices = {"default": of(xla)}
     for platform, backend in kernels.values():
         if backend.why_not(function, *arrays, **static) is None:
             choices[platform] = of(backend)
-    return jax.lax.platform_dependent(*arrays, **choices)
+    return by_platform(*arrays, **choices)

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cost import useful_flops
+from pallas_kernels.platforms import by_platform
 from pallas_kernels.segmented_attention.far import by_head, from_heads
 from pallas_kernels.segmented_attention.segments import Segments
 from pallas_kernels.segmented_attention.selection import tails
@@ -162,7 +163,7 @@ def _each_head(f: Callable, tiles: Tiles | None, ids_B: Array | None, *arrays_BK
         short = arrays_BK[0].shape[2] <= 128  # so little that going from head to head would take most of the time
         on = {"cpu": Tiles(head_by_head=not short), "default": ACCELERATOR_TILES}
         each_on = {platform: functools.partial(_each_head, f, its_tiles) for platform, its_tiles in on.items()}
-        return jax.lax.platform_dependent(ids_B, *arrays_BK, **each_on)
+        return by_platform(ids_B, *arrays_BK, **each_on)
     run = functools.partial(f, tiles)
     if not tiles.head_by_head:
         per_head = jax.vmap(run, (None, *[0] * len(arrays_BK)))

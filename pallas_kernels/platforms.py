@@ -1,0 +1,25 @@
+"""The form of a function that a program gets: that of the platform it is compiled for.
+
+JAX traces every form that :func:`jax.lax.platform_dependent` is given, and keeps one when it lowers the program. Where
+kernels are among them that is most of the time of tracing a model, so who knows the platform says so:
+``with compiled_for("cpu"):``. It is part of the key of each of JAX's caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+compiled_for = jax.make_user_context(default_value=None)  # "cpu", "tpu", "cuda" or "rocm"; None: any of them
+
+
+def by_platform(*arrays: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
+    """What the platform's form makes of some arrays; ``default``'s, where the platform has none of its own."""
+    platform = compiled_for.value
+    if not forms:
+        return default(*arrays)
+    if platform is None:
+        return jax.lax.platform_dependent(*arrays, default=default, **forms)
+    return forms.get(platform, default)(*arrays)
