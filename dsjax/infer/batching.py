@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsjax.config import UserError
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.infer.admission import admit, too_long
 from dsjax.infer.decoding import decode, warm_up
 from dsjax.infer.detokenize import Detokenizer
 from dsjax.infer.engine import lanes_of, placed
@@ -97,7 +97,7 @@ class Engine:
         self.chunk = -(-chunk // stride) * stride
         # With states, or pages that are written again, a prefix can be taken up only where it was left for that.
         self._has_state = any(g.attention.segmented is not None or g.attention.conv_taps > 1 for g in groups)
-        self.prefixes = Prefixes(self.chunk if self._has_state else stride, self._release, self.num_drafting)
+        self.prefixes = Prefixes(self.chunk if self._has_state else stride, self.release, self.num_drafting)
         self.tell_experts = tell_experts and bool(there.model.cfg.experts())
         self.decisions = (there.model.cfg.decisions, there.model.cfg.decision_dtype)
         options = (draft, self.num_drafting, self.scoped, self.tell_experts)
@@ -216,7 +216,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Admits requests, computes a chunk of prompts, and decodes some tokens; what came of it."""
-        self._admit()
+        admit(self)
         self._prefill()
         events = self._decode()
         self._queue(events)
@@ -242,82 +242,29 @@ class Engine:
             self._place(0, [], 0, taken)
         allowed_V, of_row = np.ones(self.behind.logits_BV.shape[1], bool), self.programs.behind(self.behind, 0)
         self.behind = self.programs.set_behind(self.behind, 0, of_row, allowed_V)
-        self._copy(0, [])
+        for rows in sorted({1, self.tables.rows_of_part}):
+            self.copy(0, [], rows)
 
     # ------------------------------------------------------------ pages
 
-    def _part(self, row: int) -> int:
+    def part(self, row: int) -> int:
+        """The batch part that a row belongs to."""
         return row // self.tables.rows_of_part
 
-    def _release(self, part: int, group: int, logical: int, page: int) -> None:
+    def release(self, part: int, group: int, logical: int, page: int) -> None:
+        """Lets go of a page once; it is free when nobody holds it."""
         self.tables.pool(group, part * self.tables.rows_of_part, logical).release(page)
 
-    def _grow(self, row: int, start: int, end: int) -> bool:
+    def grow(self, row: int, start: int, end: int) -> bool:
         """Pages for a row, if need be from old prefixes."""
         while not self.tables.grow(row, start, end):
             if not self.prefixes.forget():
                 return False
         return True
 
-    def _admit(self) -> None:
-        """Gives rows to the requests that came first, while there are rows and pages."""
-        for running in list(self.waiting):
-            rows = {self._part(row): row for row in reversed(range(len(self.rows))) if self.rows[row] is None}
-            if not rows:
-                return
-            keys = {part: self._keys(part, running) for part in rows}
-            chains = {part: self._known(keys[part], running) for part in rows}
-            parts = [part for part in rows if not self._is_coming(part, keys[part][len(chains[part]) :][:1])]
-            if not parts:
-                continue  # what comes behind it need not wait
-            crowd = [sum(self._part(r.row) == part for r in self.running()) for part in range(self.parts[0])]
-            part = max(parts, key=lambda part: (len(chains[part]), -crowd[part]))
-            running.keys = keys[part]
-            if not self._seat(running, part, rows[part], chains[part]):
-                if not any(self.rows) and not (chains[part] and self._seat(running, part, rows[part], [])):
-                    raise self._too_long(running)
-                return
-
-    def _keys(self, part: int, running: Running) -> list[bytes]:
-        """Of the prefixes that a request could take up; the last one may be all of its prompt."""
-        if part not in running.keys_of_part:
-            whole = running.request.num_samples > 1 and running.num_new == 0
-            salt = np.asarray(running.request.before, np.int32).tobytes() if self.reads else b""
-            running.keys_of_part[part] = self.prefixes.keys(part, running.tokens, whole=whole, salt=salt)
-        return running.keys_of_part[part]
-
-    def _known(self, keys: list[bytes], running: Running) -> list[Prefix]:
-        """What there is of it. Somebody must say what comes next: a token is computed, or that was kept, too."""
-        chain = self.prefixes.find(keys)
-        while chain and chain[-1].length == len(running.tokens) and chain[-1].behind is None:
-            chain.pop()
-        return chain
-
-    def _is_coming(self, part: int, next_key: list[bytes]) -> bool:
-        """Whether somebody is about to compute it."""
-        for r in self.running():
-            if self._part(r.row) == part and not r.decodes and next_key and next_key[0] in r.keys:
-                end = min((r.keys.index(next_key[0]) + 1) * self.prefixes.stride, len(r.tokens))
-                if end > r.filled:
-                    return True
-        return False
-
-    def _seat(self, running: Running, part: int, row: int, chain: list[Prefix]) -> bool:
-        """Gives a waiting request a row, with what is known of its prompt; False: there are not the pages for it."""
-        for group, logical, page in (shared for prefix in chain for shared in prefix.shared):
-            self.tables.pool(group, row, logical).share(page)
-            self.tables.put(group, row, logical, page)
+    def seat(self, running: Running, row: int, chain: list[Prefix]) -> None:
+        """Gives a waiting request a row whose pages hold what is known of its prompt."""
         last = chain[-1] if chain else Prefix(0, [], [])
-        for group, logical, page in last.copied:  # the prefix itself may have to go
-            self.tables.pool(group, row, logical).share(page)
-        fits = self._grow(row, last.length, min(len(running.tokens) + 1, running.limit))
-        if fits and last.copied:
-            self._copy(part, [(g, n, page, self.tables.page(g, row, n)) for g, n, page in last.copied])
-        for group, logical, page in last.copied:
-            self.tables.pool(group, row, logical).release(page)
-        if not fits:
-            self.tables.clear(row)
-            return False
         self.waiting.remove(running)
         self.rows[row], running.row, running.filled = running, row, last.length
         # Behind a whole prompt its last hidden states are known, of which those are wanted by which modules lag.
@@ -329,7 +276,6 @@ class Engine:
         self._place(row, running.tokens, last.length, last.state)
         if running.decodes:
             self._set_behind(running, last.behind)
-        return True
 
     def _place(self, row: int, tokens: list[int], length: int, state: Any) -> None:
         tokens_S = np.zeros(self.cache.tokens_BS.shape[1], np.int32)
@@ -348,16 +294,12 @@ class Engine:
         of_row = self.programs.behind(self.behind, running.row) if of_row is None else of_row
         self.behind = self.programs.set_behind(self.behind, running.row, of_row, allowed_V)
 
-    def _too_long(self, r: Running) -> UserError:
-        return UserError(f"a request has {len(r.tokens)} tokens, more than there are pages for; raise num_positions")
-
-    def _copy(self, part: int, pages: list[tuple[int, int, int, int]]) -> None:
-        """Copies (group, logical page, from, to) in the pools of one batch part."""
+    def copy(self, part: int, pages: list[tuple[int, int, int, int]], rows: int = 1) -> None:
+        """Copies (group, logical page, from, to) of so many rows in the pools of one batch part."""
         put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("pages", None))
-        by_group = [[page[1:] for page in pages if page[0] == group] for group in range(len(self.tables.layouts))]
-        copied = [
-            moves(layout, own, part, self.parts[0]) for layout, own in zip(self.tables.layouts, by_group, strict=True)
-        ]
+        layouts = self.tables.layouts
+        by_group = [[page[1:] for page in pages if page[0] == group] for group in range(len(layouts))]
+        copied = [moves(layout, own, part, self.parts[0], rows) for layout, own in zip(layouts, by_group, strict=True)]
         sources, targets = (tuple(put(of_group[end]) for of_group in copied) for end in range(2))
         self.cache = self.programs.copy(self.cache, sources, targets)
 
@@ -395,7 +337,7 @@ class Engine:
         room = self.chunk
         while room > 0 and (todo := [r for r in self.running() if not r.decodes]):
             counts = {r.row: min(self.chunk, len(r.tokens) - r.filled) for r in todo}
-            by_part = [[r for r in todo if self._part(r.row) == part] for part in range(self.parts[0])]
+            by_part = [[r for r in todo if self.part(r.row) == part] for part in range(self.parts[0])]
             longest = max(counts[rs[0].row] for rs in by_part if rs)
             width = next(width for width in block_widths(self.chunk) if width >= longest)
             beside = self._rows_beside(width)
@@ -441,9 +383,9 @@ class Engine:
                     self.tables.pool(g, r.row, logical).release(page)
                 return
             taken.append((group, n, self.tables.page(group, r.row, n), pool.take()))
-        part = self._part(r.row)
+        part = self.part(r.row)
         if taken:
-            self._copy(part, taken)
+            self.copy(part, taken)
         for group, n in shared:
             self.tables.pool(group, r.row, n).share(self.tables.page(group, r.row, n))
         kept = [(group, n, self.tables.page(group, r.row, n)) for group, n in shared]
@@ -477,10 +419,10 @@ class Engine:
         """Pages for what is decoded next, if need be from the requests that came last."""
         more = self.steps * (1 + self.draft)
         for r in self.running():
-            while r.row >= 0 and r.decodes and not self._grow(r.row, r.filled, min(r.filled + more, r.limit)):
-                sharing = [other for other in self.running() if self._part(other.row) == self._part(r.row)]
+            while r.row >= 0 and r.decodes and not self.grow(r.row, r.filled, min(r.filled + more, r.limit)):
+                sharing = [other for other in self.running() if self.part(other.row) == self.part(r.row)]
                 if sharing == [r]:
-                    raise self._too_long(r)
+                    raise too_long(r)
                 self._preempt(sharing[-1])
 
     def _preempt(self, r: Running) -> None:

@@ -195,13 +195,13 @@ class Tables:
 
 
 def moves(
-    layout: Layout, pages: Sequence[tuple[int, int, int]], part: int, num_parts: int
+    layout: Layout, pages: Sequence[tuple[int, int, int]], part: int, num_parts: int, rows: int = 1
 ) -> Int[np.ndarray, "2 devices C"]:
     """Which pages are copied from and to in the pools of all devices, for (logical page, from, to) of a batch part.
 
-    -1: none. There is room for what a prefix copies at the most, so that few shapes are compiled.
+    -1: none. There is room for what so many rows copy at the most, so that few shapes are compiled.
     """
-    width = max(1, -(-max(layout.num_copied, len(pages)) // layout.parts) + 1)
+    width = rows * max(1, -(-layout.num_copied // layout.parts) + 1)
     found, used = np.full((2, num_parts * layout.parts, width), -1, np.int32), [0] * layout.parts
     for logical, source, target in pages:
         device = logical % layout.parts

@@ -8,6 +8,7 @@ copied here. (Experts stay stacked: of them, only what tokens have chosen is rea
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
-from dsjax.models.decoder import Decoder
+from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from dsjax.nn.cache import Cache
 from dsjax.nn.moe import MoE, MoEConfig
 from dsjax.sharding import replicated
@@ -31,8 +32,7 @@ def is_better(mesh: Mesh) -> bool:
 def written_out(graph: Any, params: Any, mesh: Mesh) -> tuple[Any, Any]:
     """The graph with its layers written out; ``params`` on the one CPU of ``mesh`` with tuples of layers for stacks."""
     model = nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
-    compute = dataclasses.replace(model.compute, unroll=True)
-    graph = nnx.split(nnx.eval_shape(lambda: Decoder(model.cfg, compute, rngs=nnx.Rngs(0))))[0]
+    graph = _graph(model.cfg, dataclasses.replace(model.compute, unroll=True))
 
     def layers(stack: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jax.device_put(layer, replicated(mesh)) for layer in np.asarray(stack))
@@ -41,6 +41,11 @@ def written_out(graph: Any, params: Any, mesh: Mesh) -> tuple[Any, Any]:
     for index, group in enumerate(model.cfg.groups):
         params[f"group_{index}"] = _stacks(params[f"group_{index}"], layers, isinstance(group.ffn, MoEConfig))
     return graph, params
+
+
+@functools.lru_cache(maxsize=4)
+def _graph(cfg: DecoderConfig, compute: ComputeConfig) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(cfg, compute, rngs=nnx.Rngs(0))))[0]
 
 
 def _stacks(weights: dict[str, Any], change: Any, has_experts: bool) -> dict[str, Any]:
