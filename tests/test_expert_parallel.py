@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -150,14 +151,23 @@ def test_one_device_does_what_a_loop_does(capacity: int | None) -> None:
         assert taken.sum() < arguments()["counted_BT"].sum() * X
 
 
-@pytest.mark.parametrize("capacity", [None, 9])
-@pytest.mark.parametrize("mesh", MESHES)
+def each_mesh(meshes: Sequence[str], capacities: Sequence[int | None] = (None, 9)) -> list[Any]:
+    """Each mesh with one of the capacities in turn; the other pairs are slow."""
+    return [
+        pytest.param(mesh, capacity, marks=[pytest.mark.slow] if (i + j) % len(capacities) else [])
+        for i, mesh in enumerate(meshes)
+        for j, capacity in enumerate(capacities)
+    ]
+
+
+@pytest.mark.parametrize(("mesh", "capacity"), each_mesh(MESHES))
 def test_every_mesh_gives_what_one_device_gives(mesh: str, capacity: int | None) -> None:
     assert_same(results(arguments(), mesh, capacity=capacity), on_one_device(capacity))
 
 
-@pytest.mark.parametrize("capacity", [None, 9])
-@pytest.mark.parametrize("mesh", ["data=2,expert=4", "data=4,expert=2", "data=2,expert=2,tensor=2", "data=8"])
+@pytest.mark.parametrize(
+    ("mesh", "capacity"), each_mesh(["data=2,expert=4", "data=4,expert=2", "data=2,expert=2,tensor=2", "data=8"])
+)
 def test_two_levels_of_the_network_give_what_one_device_gives(mesh: str, capacity: int | None) -> None:
     """Experts are cut over the slices, too: rows first go to the right slice, then to the device in it."""
     assert_same(results(arguments(), mesh, ACROSS, capacity), on_one_device(capacity))

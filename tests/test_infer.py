@@ -309,7 +309,9 @@ def test_generation_on_a_mesh_is_that_on_one_device() -> None:
     assert run(make_mesh(MeshConfig(data=2, tensor=4))) == run(None)
 
 
-@pytest.mark.parametrize(("mesh", "batch"), [("data=2,expert=2,tensor=2", 8), ("fsdp=2,expert=4", 1)])
+@pytest.mark.parametrize(
+    ("mesh", "batch"), [("data=2,expert=2,tensor=2", 8), pytest.param("fsdp=2,expert=4", 1, marks=pytest.mark.slow)]
+)
 def test_prefill_and_decode_compile_for_tpu(mesh: str, batch: int) -> None:
     from jax.experimental import topologies
 
