@@ -23,7 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import Bounds, UserError
-from pallas_kernels.platforms import compiled_for
+from pallas_kernels.platforms import ANY, compiled_for
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
@@ -205,16 +205,18 @@ def use_mesh(mesh: Mesh | None, rules: Rules = Rules()) -> Iterator[None]:
     """
     token = _current.set(None if mesh is None or mesh.size == 1 else (mesh, rules))
     try:
-        with compiled_for(compiled_for.value if mesh is None else _platform(mesh)):
+        with compiled_for(_platform(mesh)):
             yield
     finally:
         _current.reset(token)
 
 
-def _platform(mesh: Mesh) -> str | None:
-    """What :func:`jax.lax.platform_dependent` calls the platform of the mesh's devices; None: there are several."""
+def _platform(mesh: Mesh | None) -> str | None:
+    """What :func:`jax.lax.platform_dependent` calls the platform of the mesh's devices, if nobody wants all of them."""
+    if mesh is None or compiled_for.value == ANY:
+        return compiled_for.value
     platform = mesh.devices.flat[0].platform
-    return None if platform == "gpu" else platform
+    return None if platform == "gpu" else platform  # CUDA and ROCm
 
 
 def current_mesh() -> tuple[Mesh, Rules] | None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-compiled_for = jax.make_user_context(default_value=None)  # "cpu", "tpu", "cuda" or "rocm"; None: any of them
+ANY = "any"  # also on a mesh: who reads a program without compiling it may want to compare its forms
+compiled_for = jax.make_user_context(default_value=None)  # "cpu", "tpu", "cuda", "rocm", or ANY; None: nobody said
 
 
 def by_platform(*arrays: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:
@@ -20,6 +21,6 @@ def by_platform(*arrays: Any, default: Callable[..., Any], **forms: Callable[...
     platform = compiled_for.value
     if not forms:
         return default(*arrays)
-    if platform is None:
+    if platform in (None, ANY):
         return jax.lax.platform_dependent(*arrays, default=default, **forms)
     return forms.get(platform, default)(*arrays)

@@ -187,7 +187,7 @@ def every_pair() -> Iterator[Any]:
                 yield pytest.param(name, mesh, remat, marks=pytest.mark.slow if slow else ())
 
 
-@pytest.mark.parametrize(("name", "mesh", "remat"), every_pair())
+@pytest.mark.parametrize(("name", "mesh", "remat"), list(every_pair()))
 def test_a_training_step_does_what_the_config_says(name: str, mesh: dict[str, int], remat: str) -> None:
     config = apply_overrides(load_config(CONFIGS / f"{name}.py"), [f"compute.remat={remat}"])
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh))

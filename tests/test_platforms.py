@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dsjax.sharding import MeshConfig, make_mesh, use_mesh
-from pallas_kernels.platforms import by_platform, compiled_for
+from pallas_kernels.platforms import ANY, by_platform, compiled_for
 
 
 def traced(platform: str | None) -> tuple[set[str], str]:
@@ -35,6 +35,7 @@ def test_the_forms_of_other_platforms_are_not_called(platform: str, form: str) -
 
 
 def test_without_a_platform_all_are_there_and_the_right_one_is_lowered() -> None:
+    assert traced(ANY)[0] == {"default", "tpu", "cpu"}
     called, text = traced(None)
     assert called == {"default", "tpu", "cpu"}
     assert "3.5" in text
@@ -64,4 +65,6 @@ def test_the_mesh_says_what_is_compiled_for() -> None:
         assert compiled_for.value == "cpu"
         with use_mesh(None):
             assert compiled_for.value == "cpu"
+    with compiled_for(ANY), use_mesh(mesh):
+        assert compiled_for.value == ANY
     assert compiled_for.value is None

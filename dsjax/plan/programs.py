@@ -19,6 +19,7 @@ from dsjax.sharding import Rules, make_mesh, training_rules
 from dsjax.train.policy_loss import policy_loss
 from dsjax.train.pretrain import Pretrain, batch_shapes, build, make_model
 from dsjax.train.r1 import R1, update_shapes
+from pallas_kernels.platforms import ANY, compiled_for
 
 Mode = Literal["train", "prefill", "decode"]
 
@@ -71,7 +72,8 @@ def make_program(
         seq_len=length or config.data.seq_len,
     )
     config = dataclasses.replace(config, data=data)
-    return _train(config, devices) if mode == "train" else _inference(config, mode, devices)
+    with compiled_for(ANY):  # loops of one form may not say how long they are, and those of another do
+        return _train(config, devices) if mode == "train" else _inference(config, mode, devices)
 
 
 def _train(config: Pretrain, devices: Sequence[Any]) -> Program:
