@@ -89,6 +89,7 @@ def test_engine_and_trainer_agree(variant: str) -> None:
         assert found[0]["policy/correction"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_pays_is_learned(tmp_path: pathlib.Path) -> None:
     """Texts get shorter where nothing but shortness pays."""
     config = r1(train={"steps": 12}, optim={"lr": 2e-2}, checkpoint={"every": 100}, rollout={"prompts": 16})

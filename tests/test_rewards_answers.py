@@ -69,6 +69,17 @@ def test_what_takes_for_ever_is_wrong_and_the_next_is_judged(pool: AnswerPool) -
     assert found[0].reason == "timeout"
 
 
+def test_time_ends_where_the_parent_ignores_its_signal() -> None:
+    """As libtpu does: judges would go on for ever, and nothing would be known of the answer."""
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        with AnswerPool(seconds=1.0) as pool:
+            found = pool.check([Answer("math", "\\frac{1}{2}", "9^{9^{9^9}}")])
+    finally:
+        signal.signal(signal.SIGPROF, before)
+    assert found == [Judged(0.0, "timeout")]
+
+
 def test_hostile_texts_are_wrong() -> None:
     names = ("gym/simple_integration", "gym/spiral_matrix", "gym/prime_factorization")
     families = families_of(ExercisesConfig(families=tuple(FamilyConfig(name, (1,)) for name in names)))

@@ -20,9 +20,12 @@ MACHINES = ("x86_64", "aarch64")  # for which there is a filter of system calls
 # What a jail imports: nothing else of this library is visible to it, above all no tasks and no answers.
 FILES = ("jail.py", "landlock.py", "plain.py", "seccomp.py")
 PACKAGE = pathlib.Path(__file__).parent.parent
-# Modules of this package by their own names, without running the package's __init__.
+# Modules of this package by their own names, without running the package's __init__. The signals that end what takes
+# too long do so again: libtpu ignores SIGPROF, and a process that is started ignores what its parent does.
 BOOT = """
-import importlib, sys, types
+import importlib, signal, sys, types
+for number in (signal.SIGPROF, signal.SIGXCPU):
+    signal.signal(number, signal.SIG_DFL)
 for name, folder in (("dsjax", sys.argv[1]), ("dsjax.rl", sys.argv[1] + "/rl")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
