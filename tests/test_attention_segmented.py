@@ -273,8 +273,9 @@ def test_how_it_is_computed_changes_no_gradient(compute: dict) -> None:
 @pytest.mark.parametrize(
     ("length", "mesh", "top"),
     [
-        (20, MeshConfig(data=2, tensor=2, context=2), None),  # rows are gathered: 10 positions are no whole segments
-        (32, MeshConfig(data=2, context=4), None),
+        # rows are gathered: 10 positions are no whole segments
+        pytest.param(20, MeshConfig(data=2, tensor=2, context=2), None, marks=pytest.mark.slow),
+        pytest.param(32, MeshConfig(data=2, context=4), None, marks=pytest.mark.slow),
         (32, MeshConfig(tensor=2, context=4), 0),
     ],
 )

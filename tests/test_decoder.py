@@ -110,7 +110,13 @@ def test_prompts_of_different_lengths_in_one_padded_prefill() -> None:
 
 
 @pytest.mark.parametrize(
-    "compute", [{"unroll": True}, {"remat": "dots"}, {"remat": "full"}, {"remat": "full", "unroll": True}]
+    "compute",
+    [
+        {"unroll": True},
+        {"remat": "dots"},
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "full", "unroll": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_how_it_is_computed_changes_no_gradient(compute: dict) -> None:
     cfg, params, tokens = EVERYTHING, weights(EVERYTHING), jnp.asarray(random_tokens(2, T))

@@ -54,6 +54,7 @@ def test_the_quickstart_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     assert printed.count("def read_line(self, file):") == 3
 
 
+@pytest.mark.slow
 @forgiving_the_tools
 def test_the_plan_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, printed = run("02_plan", tmp_path, monkeypatch)

@@ -333,6 +333,7 @@ def test_what_fits_nowhere_is_said_before_anything_is_compiled() -> None:
         search.candidates(base, parse_topology("v5e:2x2"))
 
 
+@pytest.mark.slow
 def test_a_search_prints_what_to_type(tmp_path: pathlib.Path) -> None:
     target, plot = tmp_path / "search.json", tmp_path / "search.png"
     words = (TINY, "--topology", "cpu:2", "--quiet")

@@ -147,7 +147,7 @@ def test_it_goes_on_from_any_iteration(variant: str, tmp_path: pathlib.Path) -> 
     [
         ("written on another", {"data": 2, "fsdp": 4}),  # two heads can not be cut over four devices, to write
         pytest.param("ppo", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        ("experts", {"data": 2, "expert": 4}),
+        pytest.param("experts", {"data": 2, "expert": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_other_meshes_give_the_same(variant: str, mesh: dict[str, int], tmp_path: pathlib.Path) -> None:
