@@ -32,6 +32,19 @@ install_import_hook(["dsjax", "pallas_kernels"], "typecheck.check")
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+SLOW = pathlib.Path(__file__).with_name("slow.txt")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that ``slow.txt`` names."""
+    names = {line for line in SLOW.read_text().splitlines() if line and not line.startswith("#")}
+    for item in items:
+        case = f"{item.path.name}::{item.name}"
+        if not names.isdisjoint((case, case.partition("[")[0])):
+            item.add_marker(pytest.mark.slow)
+
+
 MOST_MAPPINGS = 25_000  # Linux ends a process that wants more than 65,530
 
 

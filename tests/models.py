@@ -47,6 +47,11 @@ CONFIGS = {"dense": DENSE, "tied": dataclasses.replace(DENSE, tied=True), "every
 
 def weights(cfg: DecoderConfig, seed: int = 0) -> Any:
     """Random values in the shape of the model's parameters and buffers, near their usual size."""
+    return jax.tree.map(lambda x: x, _weights(cfg, seed))  # dicts of the caller's own
+
+
+@functools.cache
+def _weights(cfg: DecoderConfig, seed: int) -> Any:
     state = nnx.to_pure_dict(nnx.split(Decoder(cfg, rngs=nnx.Rngs(seed)))[1])
     keys = iter(jax.random.split(jax.random.key(seed), 100))
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state)
