@@ -18,7 +18,7 @@ from dsjax.config import UserError
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig, LayerGroup
 from dsjax.nn.mlp import MLPConfig
 from dsjax.rl.experience import Experience, experience_of, minibatch
-from dsjax.rl.packing import Packing, packing_of, row_step
+from dsjax.rl.packing import Packing, num_rows, packing_of
 from dsjax.rl.policy import PolicyConfig
 from dsjax.rl.rollout import Rollout
 from dsjax.rl.rows import row_length, written_rows
@@ -31,13 +31,13 @@ END, V = 0, 32
 @given(
     lengths=st.lists(st.integers(0, 16), max_size=40),
     spare=st.integers(0, 20),
-    step=st.integers(1, 5),
+    devices=st.integers(1, 5),
 )
-def test_every_text_has_one_place_and_no_two_the_same(lengths: list[int], spare: int, step: int) -> None:
+def test_every_text_has_one_place_and_no_two_the_same(lengths: list[int], spare: int, devices: int) -> None:
     size = max([*lengths, 1]) + spare
-    packing = Packing(lengths, size, step)
-    assert packing.num_rows % step == 0
-    assert packing.num_rows >= step
+    packing = Packing(lengths, size, devices)
+    assert packing.num_rows % devices == 0
+    assert packing.num_rows >= devices
     taken = np.zeros((packing.num_rows, size), int)
     for length, row, start, part in zip(lengths, packing.row_N, packing.start_N, packing.part_N, strict=True):
         if length:
@@ -63,11 +63,21 @@ def test_a_text_longer_than_a_row_is_said() -> None:
 
 
 def test_rows_come_in_few_numbers() -> None:
-    # 256 texts of up to 96 positions, one a row of 128: 256 rows at the most, an eighth of that is 32
-    assert row_step(256, 96, 128, devices=1) == 32
-    assert row_step(256, 32, 128, devices=1) == 8
-    assert row_step(4, 96, 128, devices=8) == 8
+    assert [num_rows(used, 1) for used in range(10)] == [1, 1, 2, 3, 4, 6, 6, 8, 8, 12]
+    assert num_rows(11, 1) == 12
+    assert num_rows(4, 8) == 8
+    assert num_rows(17, 8) == 24
+    found = {num_rows(used, 4) for used in range(1, 1025)}
+    assert found == {4 * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)}
     assert row_length(33, 32) == 64
+
+
+@given(used=st.integers(1, 5000), devices=st.integers(1, 64))
+def test_few_rows_are_empty(used: int, devices: int) -> None:
+    found = num_rows(used, devices)
+    assert used <= found
+    assert found % devices == 0
+    assert found - used < found / 3 + devices
 
 
 # ---------------------------------------------------------------- in a policy's loss

@@ -24,10 +24,10 @@ class Packing:
     Args:
         lengths: positions of each; 0: it has no place.
         row_length: of a row.
-        step: the number of rows is a multiple of it.
+        devices: the number of rows is a multiple of it, one of :func:`num_rows`.
 
     Attributes:
-        num_rows: rows, at least ``step``.
+        num_rows: rows.
         row_N, start_N: the place of each; -1: none.
         part_N: number of the text in its row, from 1.
 
@@ -35,7 +35,7 @@ class Packing:
         UserError: one is longer than a row.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, row_length: int, step: int):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, row_length: int, devices: int):
         self._lengths, self._row_length = np.asarray(lengths), row_length
         if self._lengths.max(initial=0) > row_length:
             raise UserError(
@@ -55,7 +55,7 @@ class Packing:
             parts[row] += 1
             self.row_N[n], self.start_N[n], self.part_N[n] = row, used[row], parts[row]
             used[row] += size
-        self.num_rows = max(-(-len(used) // step), 1) * step
+        self.num_rows = num_rows(len(used), devices)
 
     def packed(self, x_NT: np.ndarray, empty: Any) -> np.ndarray:
         """Numbers of the texts' positions at their places, ``empty`` elsewhere: (rows, row_length, ...)."""
@@ -90,19 +90,17 @@ class Packing:
         return Experience(documents=Documents(self.packed(parts_NT, 0), positions), **found)
 
 
-def packing_of(batch: Experience, row_length: int, step: int) -> Packing:
+def packing_of(batch: Experience, row_length: int, devices: int) -> Packing:
     """For the texts of a batch that count: those whose documents are there."""
-    return Packing(np.asarray(batch.documents.ids_BT > 0).sum(axis=1), row_length, step)
+    return Packing(np.asarray(batch.documents.ids_BT > 0).sum(axis=1), row_length, devices)
 
 
-def row_step(num_texts: int, longest: int, row_length: int, devices: int) -> int:
-    """Rows by which their number may differ: an eighth of the most that there can be, and so few different shapes.
+def num_rows(used: int, devices: int) -> int:
+    """The least of ``devices`` times 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that is not below ``used``.
 
-    Args:
-        num_texts: in all rows.
-        longest: positions of one, at the most.
-        row_length: of a row.
-        devices: that rows are cut over, and micro-batches.
+    So few different shapes are compiled, and less than a third of the rows, and ``devices``, are empty.
     """
-    most = -(-num_texts // max(row_length // longest, 1))
-    return max(-(-most // (8 * devices)), 1) * devices
+    each = max(-(-used // devices), 1)
+    whole = 1 << (each - 1).bit_length()  # a power of 2
+    between = whole * 3 // 4
+    return devices * (between if whole > 2 and each <= between else whole)

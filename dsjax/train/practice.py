@@ -31,7 +31,7 @@ from dsjax.rl.advantages import advantages
 from dsjax.rl.curriculum import Choice
 from dsjax.rl.experience import Experience, experience_of, minibatch, place_experience
 from dsjax.rl.log_probs import log_probs_and_entropies
-from dsjax.rl.packing import packing_of, row_step
+from dsjax.rl.packing import packing_of
 from dsjax.rl.policy import correction, explained_variance, kl_estimate
 from dsjax.rl.rollout import Sampler
 from dsjax.rl.rows import WrittenRows, row_length, written_rows
@@ -125,8 +125,9 @@ class Scorer:
 
         Rows are looked at as many at a time as an update has.
         """
-        step = step_of(self._cfg, self._mesh)
-        packing = packing_of(texts, self._cfg.data.seq_len, step)
+        updates = self._cfg.update.minibatches
+        packing = packing_of(texts, self._cfg.data.seq_len, updates * row_devices(self._cfg, self._mesh))
+        step = packing.num_rows // updates
         rows, found = packing.experience(texts, self._end_id), list[dict[str, np.ndarray]]()
         for first in range(0, packing.num_rows, step):
             some = place_experience(jax.tree.map(lambda x, at=first: x[at : at + step], rows), self._mesh)
@@ -135,12 +136,9 @@ class Scorer:
         return {name: packing.unpacked(np.concatenate([part[name] for part in found]), length) for name in found[0]}
 
 
-def step_of(cfg: Any, mesh: Mesh) -> int:
-    """Rows by which the size of an update may differ."""
-    devices = cfg.train.accumulate * math.prod(mesh.shape[axis] for axis in training_rules(cfg.mesh).batch)
-    rollout = cfg.rollout
-    texts = rollout.prompts * rollout.samples // cfg.update.minibatches
-    return row_step(texts, min(2 * rollout.max_tokens, cfg.data.seq_len), cfg.data.seq_len, devices)
+def row_devices(cfg: Any, mesh: Mesh) -> int:
+    """What the number of an update's rows is a multiple of: devices that rows are cut over, and micro-batches."""
+    return cfg.train.accumulate * math.prod(mesh.shape[axis] for axis in training_rules(cfg.mesh).batch)
 
 
 # ---------------------------------------------------------------- an iteration
@@ -191,10 +189,10 @@ class Practice:
         watch.lap("score")
         update, rollout, seed = self._cfg.update, self._cfg.rollout, (self._cfg.train.seed, counters.iteration)
         parts = split_rows(len(experience.tokens_BT), update.epochs, update.minibatches, seed)
-        updates, step, end_id = list[Experience](), step_of(self._cfg, self._mesh), self._tokenizer.end_id
+        updates, devices, end_id = list[Experience](), row_devices(self._cfg, self._mesh), self._tokenizer.end_id
         for texts in parts:
             some = minibatch(experience, texts, self._cfg.policy.aggregate, rollout.max_tokens)
-            packing = packing_of(some, self._cfg.data.seq_len, step)
+            packing = packing_of(some, self._cfg.data.seq_len, devices)
             updates.append(place_experience(packing.experience(some, end_id), self._mesh))
         metrics |= metrics_of(written, worth) | self._course.metrics() | watch.metrics()
         return Updates(tuple(updates), metrics)

@@ -40,6 +40,7 @@ from dsjax.rl.exercises.config import ExercisesConfig, families_of
 from dsjax.rl.exercises.exercise import Family, distinct, draw
 from dsjax.rl.experience import Experience
 from dsjax.rl.health import HealthConfig
+from dsjax.rl.packing import num_rows
 from dsjax.rl.policy import PolicyConfig
 from dsjax.rl.rewards import RewardConfig, Rewards
 from dsjax.rl.rollout import Sampler
@@ -49,7 +50,7 @@ from dsjax.train import pretrain
 from dsjax.train.course import Course, Worth, Written
 from dsjax.train.lora import whole_weights
 from dsjax.train.policy_loss import policy_loss
-from dsjax.train.practice import Practice, Scorer, each_update, step_of
+from dsjax.train.practice import Practice, Scorer, each_update, row_devices
 from dsjax.train.pretrain import Pretrain, Regime, Setting
 from dsjax.train.r1_config import ReportConfig, RolloutConfig, UpdateConfig, WarmStartConfig
 from dsjax.train.r1_report import (
@@ -284,8 +285,8 @@ def solutions(config: R1, families: Mapping[str, Family], tokenizer: Tokenizer, 
 
 
 def first_batch(config: R1, mesh: Any) -> Experience:
-    """An abstract minibatch of the smallest size."""
-    return update_shapes(config, mesh, step_of(config, mesh))
+    """An abstract minibatch of a likely size: sixteen texts in a row."""
+    return update_shapes(config, mesh, num_rows(of_updates(config).data.batch_size // 16, row_devices(config, mesh)))
 
 
 def update_shapes(config: R1, mesh: Any, rows: int) -> Experience:
