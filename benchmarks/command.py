@@ -227,6 +227,22 @@ def sandbox(
     show(measure_sandbox(programs, workers), target)
 
 
+def rewards(
+    *,
+    json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
+    texts: Annotated[int, arg(help="judged together, no two alike")] = 64,
+    rounds: Annotated[int, arg(help="times that they are judged")] = 7,
+) -> None:
+    """Milliseconds that a verified reward takes for a text, right or wrong, by scorer, on an idle machine."""
+    from benchmarks.rewards import measure as measure_rewards
+    from benchmarks.rewards import table as rewards_table
+
+    target = target_of(json)
+    figures = measure_rewards(texts, rounds)
+    print(rewards_table(figures), file=sys.stderr)
+    show(figures, target)
+
+
 def grammar(
     *,
     json: Annotated[str, arg(metavar="FILE", help="write the figures there")] = "",
@@ -330,6 +346,7 @@ def main() -> None:
     app.command(convert)
     app.command(parity)
     app.command(sandbox)
+    app.command(rewards)
     app.command(grammar)
     app.command(r1)
     app.command(plans)

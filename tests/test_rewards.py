@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import rewards as benchmark
 from dsjax import hosts
 from dsjax.config import UserError, apply_overrides, validate
 from dsjax.rl.answers import boxed, normalised, reaches, whole_number
@@ -381,3 +382,22 @@ def test_what_judges_must_be_there_from_the_start(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
     with pytest.raises(UserError, match=r"sum is judged by math-verify: pip install 'dsjax\[math\]'"):
         Rewards(RewardConfig(), {"word": Given(WORD), "sum": Given(SUM)})
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def test_costs_are_those_of_right_and_of_wrong_texts() -> None:
+    figures = benchmark.measure(4, 2, ["exact", "math, fractions"])
+    rows = benchmark.table(figures).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| exact", "| math, fractions"]
+    for case in ("exact", "math, fractions"):
+        for found in figures[case].values():
+            assert 0 < found["least_ms"] <= found["median_ms"] <= found["most_ms"]
+    assert figures["math, fractions"]["right"]["least_ms"] > figures["exact"]["right"]["most_ms"]
+
+
+def test_a_verdict_that_is_not_the_expected_one_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "wrong", benchmark.right)
+    with pytest.raises(AssertionError, match=r"sort: \[1\. 1\. 1\.\] is not all 0\.0"):
+        benchmark.measure(3, 1, ["exact"])
