@@ -43,7 +43,7 @@ def get_config() -> R1:
         warm_start=WarmStartConfig(
             steps=240, batch_size=32, exercises=8000, level_decay=0.4, optim=OptimConfig(lr=2e-3, warmup_steps=20)
         ),
-        rollout=RolloutConfig(prompts=32, samples=8, max_tokens=48),
+        rollout=RolloutConfig(prompts=32, samples=8, max_tokens=48, rows=64),
         algorithm=AlgorithmConfig("dapo"),
         curriculum=CurriculumConfig(phases=(FOUNDATIONS, MULTI_STEP, OPEN_EXPLORATION)),
         health=HealthConfig(log_prob_gap=1e-3),  # float32

@@ -53,6 +53,8 @@ class Engine:
         mesh: devices; None: the first one of this process.
         tokenizer: for texts, stop strings, and what a model with structure is told; None: there are only tokens.
         top_log_probs: how many of the likeliest tokens a request may ask for at each place.
+        streams: somebody waits for first tokens: one at a time is decoded while a request has none. Else always
+            ``steps``, which takes less time in all.
         pause: seconds without a token that decoding several at a time is not to exceed; None: any.
         draft: tokens that the model's modules of multi-token prediction draft in a step; 0: none.
         tell_experts: tell of each continuation which experts its positions went to; a model without experts has nothing
@@ -77,6 +79,7 @@ class Engine:
         mesh: Mesh | None = None,
         tokenizer: Tokenizer | None = None,
         top_log_probs: int = 0,
+        streams: bool = True,
         pause: float | None = None,
         draft: int = 0,
         tell_experts: bool = False,
@@ -106,7 +109,7 @@ class Engine:
         self.rows: list[Running | None] = [None] * batch_size
         self.waiting: deque[Running] = deque()
         self.counts, self._number, self._queues = Counts(), 0, dict[int, deque[Event]]()
-        self.pause, self._seconds = pause, math.inf  # of a step
+        self.streams, self.pause, self._seconds = streams, pause, math.inf  # of a step
 
     def _make_cache(self, model: Any, dtype: Any, batch_size: int, page_size: int, num_positions: int) -> None:
         slots = self.max_length + max(self.chunk, 1 + self.draft)  # padding may stand behind the last position
@@ -394,12 +397,12 @@ class Engine:
         self.prefixes.add(part, keys, Prefix(end, kept, [(g, n, page) for g, n, _, page in taken], state, behind, told))
 
     def _decode(self) -> list[Event]:
-        """Some tokens of all requests whose tokens so far are in the cache; one, if others wait or see their first."""
+        """Some tokens of all requests whose tokens so far are in the cache."""
         self._make_room()
         active = [r for r in self.running() if r.decodes]
         if not active:
             return []
-        soon = any(not r.decodes for r in self.running()) or any(r.num_new == 0 for r in active)
+        soon = self.streams and any(not r.decodes or r.num_new == 0 for r in self.running())
         left = max(r.limit - len(r.tokens) for r in active)
         at_once = self.steps if self.pause is None else int(self.pause / self._seconds)
         events, steps = [], 1 if soon else max(1, min(at_once, self.steps, left))

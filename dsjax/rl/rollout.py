@@ -45,6 +45,9 @@ class Rollout:
     stopped: bool = False
 
 
+STEPS = 4  # tokens decoded at a time: a row whose text ends in between waits for the next one
+
+
 class Sampler:
     """Writes texts with weights that change from call to call; compiles once.
 
@@ -144,6 +147,8 @@ class Sampler:
             mesh=self._mesh,
             tokenizer=self._tokenizer,
             tell_experts=self._tell_experts,
+            streams=False,
+            steps=STEPS,
         )
 
 
