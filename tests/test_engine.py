@@ -183,6 +183,24 @@ def test_a_crowd_gets_what_each_would_get_alone(name: str) -> None:
     assert all(running is None for running in made.rows)
 
 
+def test_who_waits_for_no_first_token_gets_the_same_ones_in_fewer_steps() -> None:
+    found = {}
+    for streams in (True, False):
+        made, sizes, pieces = engine("full", streams=streams), [], dict[int, list[int]]()
+        for n in (1, 7, 8, 19, 30, 2, 3):
+            made.submit(Request(prompt(n, n), 7, GREEDY, end_ids=()))
+        while made.busy:
+            events = made.step()
+            sizes += [len(event.tokens) for event in events]
+            for event in events:
+                pieces.setdefault(event.request, []).extend(event.tokens)
+        found[streams] = (pieces, sizes)
+    assert found[True][0] == found[False][0]
+    assert sum(found[True][1]) == sum(found[False][1]) == 7 * 7
+    assert found[True][1].count(1) > found[False][1].count(1) == 7  # 3 + 3 + 1 of each
+    assert set(found[False][1]) == {3, 1}
+
+
 def test_samples_are_those_of_the_seed_in_any_company() -> None:
     sampling = SamplingConfig(1.3, 12, 0.9)
     one = engine("full")
