@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import pathlib
 import signal
@@ -45,14 +46,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-MOST_MAPPINGS = 25_000  # Linux ends a process that wants more than 65,530
+# Linux ends a process that wants more than 65,530 mappings. Programs of a module are let go of behind it, or in it.
+MOST_MAPPINGS, MOST_WITHIN = 25_000, 45_000
+
+
+def forget_programs(most: int) -> None:
+    """Every program compiled for the CPU maps some memory, and a worker runs thousands: it must let go of them."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > most:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forgets_programs() -> Iterator[None]:
-    """Every program compiled for the CPU maps some memory, and a worker runs thousands: it must let go of them."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
-        jax.clear_caches()
-        gc.collect()
+    forget_programs(MOST_MAPPINGS)
+
+
+_ended = itertools.count()
+
+
+def pytest_runtest_teardown() -> None:
+    if next(_ended) % 8 == 0:  # reading how many there are takes as long as a small test
+        forget_programs(MOST_WITHIN)

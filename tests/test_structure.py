@@ -333,7 +333,8 @@ def test_no_text_takes_more_than_its_length_in_time(name: str) -> None:
         assert in_range(Read(text, pieces=pieces).features)
         return time.process_time() - begin
 
-    assert seconds(2_000) < 8 * seconds(500)  # what is quadratic takes 16 times as long
+    # What is quadratic takes 16 times as long; the machine may have other things to do for a while.
+    assert any(seconds(2_000) < 8 * seconds(500) for _ in range(3))
 
 
 # ---------------------------------------------------------------- special tokens, and a text with a hole
