@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from dsjax.rl import isolation, plain
 from dsjax.rl.answer_pool import Answer, AnswerPool, Judged
 from dsjax.rl.exercises import ExercisesConfig, FamilyConfig, families_of
 from dsjax.rl.rewards import RewardConfig, Rewards
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
 
@@ -69,15 +73,24 @@ def test_what_takes_for_ever_is_wrong_and_the_next_is_judged(pool: AnswerPool) -
     assert found[0].reason == "timeout"
 
 
+IGNORES = """
+import signal
+from dsjax.rl.answer_pool import Answer, AnswerPool
+
+signal.signal(signal.SIGPROF, signal.SIG_IGN)
+with AnswerPool(seconds=1.0) as pool:
+    print(pool.check([Answer("math", "1/2", "9^{9^{9^9}}")]))
+"""
+
+
 def test_time_ends_where_the_parent_ignores_its_signal() -> None:
-    """As libtpu does: judges would go on for ever, and nothing would be known of the answer."""
-    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
-    try:
-        with AnswerPool(seconds=1.0) as pool:
-            found = pool.check([Answer("math", "\\frac{1}{2}", "9^{9^{9^9}}")])
-    finally:
-        signal.signal(signal.SIGPROF, before)
-    assert found == [Judged(0.0, "timeout")]
+    """As libtpu makes it: judges would go on for ever, and nothing would be known of the answer.
+
+    In a process of its own: one that has loaded libtpu and then no longer ignores the signal is ended by it.
+    """
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", IGNORES], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str([Judged(0.0, "timeout")])
 
 
 def test_hostile_texts_are_wrong() -> None:
