@@ -161,3 +161,12 @@ def test_every_config_loads_and_says_what_came_of_it(path: pathlib.Path) -> None
     model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
     arrays = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert config.model.num_params() == sum(leaf.size for leaf in jax.tree.leaves(arrays))
+
+
+def test_slow_tests_are_there() -> None:
+    lines = (ROOT / "tests" / "slow.txt").read_text().splitlines()
+    names = [line for line in lines if line and not line.startswith("#")]
+    assert len(set(names)) == len(names)
+    for name in names:
+        file, _, case = name.partition("::")
+        assert f"def {case.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(), name
