@@ -19,7 +19,6 @@ from dsjax.hosts import EXIT_HOST_LOST
 # What the other tests do not try already: test_chaos_syscalls has crash points and disk errors, test_formats and
 # test_data_damage their own.
 FEW = {"controls": 2, "kills": 8, "mutants": 1, "corruptions": 24, "meshes": 1, "hosts": 1, "sigterms": 1}
-SLOW = ("mutants", "meshes", "sigterms")  # a minute or two each
 
 
 # With which gloo, XLA:CPU's own transport, aborts the process that was left, now and then, before any code of ours
@@ -30,7 +29,7 @@ GLOO = "Is there a distributed collective mismatch in your code?"
 # Without the defence Orbax reads what is not there, and leaves a coroutine that nobody awaits; the collector says so.
 @pytest.mark.filterwarnings("ignore:coroutine 'Store._get_array_metadatas' was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <coroutine:pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in FEW])
+@pytest.mark.parametrize("kind", FEW)
 def test_a_few_faults_do_no_harm_and_would_without_the_defence(kind: str, tmp_path: pathlib.Path) -> None:
     found = list(goals(kind, FEW[kind], tmp_path, 0))
     for again in ("again", "and again"):
