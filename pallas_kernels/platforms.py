@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-ANY = "any"  # also on a mesh: who reads a program without compiling it may want to compare its forms
+ANY = "any"  # also on a mesh: for who compares the forms of a program, or lowers it for another platform
 compiled_for = jax.make_user_context(default_value=None)  # "cpu", "tpu", "cuda", "rocm", or ANY; None: nobody said
 
 
