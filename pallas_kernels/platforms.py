@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 ANY = "any"  # also on a mesh: for who compares the forms of a program, or lowers it for another platform
 compiled_for = jax.make_user_context(default_value=None)  # "cpu", "tpu", "cuda", "rocm", or ANY; None: nobody said
@@ -23,4 +24,4 @@ def by_platform(*arrays: Any, default: Callable[..., Any], **forms: Callable[...
         return default(*arrays)
     if platform in (None, ANY):
         return jax.lax.platform_dependent(*arrays, default=default, **forms)
-    return forms.get(platform, default)(*arrays)
+    return forms.get(platform, default)(*jax.tree.map(jnp.asarray, arrays))  # numpy's too, as JAX's own does
