@@ -6,7 +6,6 @@ text is the known solution, or the same written otherwise; a wrong one is the so
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import tempfile
@@ -19,6 +18,7 @@ from benchmarks.turns import spread
 from dsjax.rl.exercises.config import ExercisesConfig, FamilyConfig, families_of
 from dsjax.rl.exercises.exercise import Exercise, distinct
 from dsjax.rl.rewards import RewardConfig, Rewards
+from dsjax.rl.rollout import Rollout
 
 # Scorer and what it judges: a family and its level. Those of files are written here.
 CASES = {
@@ -30,15 +30,6 @@ CASES = {
     "gym, integrals": ("gym/simple_integration", 1),
     "program": ("program/list", 1),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """A text as a rollout has it."""
-
-    text: str
-    ended: bool = True
-    tokens: Sequence[int] = ()
 
 
 def measure(texts: int, rounds: int, cases: Sequence[str] = tuple(CASES)) -> dict[str, Any]:
@@ -53,14 +44,14 @@ def measure(texts: int, rounds: int, cases: Sequence[str] = tuple(CASES)) -> dic
             exercises = distinct(families[name], level, "training", texts)
             with Rewards(RewardConfig(workers=1), families) as rewards:
                 figures[case] = {
-                    kind: timed(rewards, exercises, written, float(kind == "right"), rounds)
-                    for kind, written in {"right": right(exercises), "wrong": wrong(exercises)}.items()
+                    kind: timed(rewards, exercises, own, float(kind == "right"), rounds)
+                    for kind, own in {"right": right(exercises), "wrong": wrong(exercises)}.items()
                 }
     return figures
 
 
 def timed(
-    rewards: Rewards, exercises: Sequence[Exercise], texts: Sequence[Written], expected: float, rounds: int
+    rewards: Rewards, exercises: Sequence[Exercise], texts: Sequence[Rollout], expected: float, rounds: int
 ) -> dict[str, float]:
     """Milliseconds for a text: median of the rounds, and their range.
 
@@ -78,9 +69,14 @@ def timed(
     return {name.replace("_s", "_ms"): 1e3 * value for name, value in spread(seconds).items()}
 
 
-def right(exercises: Sequence[Exercise]) -> list[Written]:
+def written(text: str) -> Rollout:
+    """A text that ended by itself."""
+    return Rollout((), (), text, ended=True)
+
+
+def right(exercises: Sequence[Exercise]) -> list[Rollout]:
     """Known solutions; fractions are not in lowest terms, and integrals begin with 0, or nothing would be computed."""
-    return [Written(otherwise(exercise)) for exercise in exercises]
+    return [written(otherwise(exercise)) for exercise in exercises]
 
 
 def otherwise(exercise: Exercise) -> str:
@@ -91,13 +87,13 @@ def otherwise(exercise: Exercise) -> str:
     return exercise.solution.replace(answer, f"0 + {answer}") if "integration" in exercise.family else exercise.solution
 
 
-def wrong(exercises: Sequence[Exercise]) -> list[Written]:
+def wrong(exercises: Sequence[Exercise]) -> list[Rollout]:
     """Each the solution of the next exercise that has another one."""
     texts = []
     for place, exercise in enumerate(exercises):
         others = (*exercises[place + 1 :], *exercises[:place])
         other = next(other for other in others if other.solution != exercise.solution)
-        texts.append(Written(other.solution))
+        texts.append(written(other.solution))
     return texts
 
 

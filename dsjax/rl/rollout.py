@@ -22,6 +22,8 @@ from dsjax.infer.batching import Engine
 from dsjax.infer.requests import Completion, Event, Request, collected
 from dsjax.infer.sampling import SamplingConfig
 
+STEPS = 4  # tokens decoded at a time: a row whose text ends in between waits for the next one
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
@@ -43,9 +45,6 @@ class Rollout:
     ended: bool
     experts: np.ndarray | None = dataclasses.field(default=None, compare=False)
     stopped: bool = False
-
-
-STEPS = 4  # tokens decoded at a time: a row whose text ends in between waits for the next one
 
 
 class Sampler:
