@@ -21,14 +21,15 @@ from dsjax.train.pretrain import TrainConfig
 from dsjax.train.r1 import R1
 from dsjax.train.r1_config import ReportConfig, RolloutConfig, UpdateConfig, WarmStartConfig
 
-VARIANTS = ("grpo", "ppo", "ahead", "experts")
+VARIANTS = ("grpo", "ppo", "ahead", "experts", "pairs")
 
 
 def r1(variant: str = "grpo", **parts: dict[str, Any]) -> R1:
     """Two steps of a warm start and three iterations; a control and a report only if they are asked for.
 
     ``grpo`` with rounds for dead groups; ``ppo`` with a head of values, a KL and minibatches; ``ahead``: one step off;
-    ``experts``: a mixture of experts whose routing is replayed, with a reference.
+    ``experts``: a mixture of experts whose routing is replayed, with a reference; ``pairs``: low-rank pairs beside
+    frozen weights, which are the reference.
     """
     experts = MoEConfig(num_experts=4, top_k=2, d_ff=8, num_shared_experts=1, bias_update_rate=1e-3)
     ffn = experts if variant == "experts" else MLPConfig(d_ff=16)
@@ -54,8 +55,10 @@ def r1(variant: str = "grpo", **parts: dict[str, Any]) -> R1:
         )
     if variant == "ahead":
         parts = {"rollout": {"more_rounds": 0, "one_step_off": True, "rescore": True, "correction_limit": 2.0}} | parts
-    if variant == "experts":
+    if variant in ("experts", "pairs"):
         parts = {"algorithm": {"kl_coef": 0.01}} | parts
+    if variant == "pairs":
+        parts = {"lora": {"targets": ("attention", "mlp"), "rank": 2, "alpha": 4.0}} | parts
     return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in parts.items()})
 
 

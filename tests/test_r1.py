@@ -85,6 +85,10 @@ def test_engine_and_trainer_agree(variant: str) -> None:
         assert found[-1]["rl/kl"] > 1e-6
         assert found[-1]["rl/kl_coef"] < r1("ppo").policy.kl_coef  # far below its target
         assert {"loss/value", "rl/explained_variance"} <= found[0].keys()
+    if variant == "pairs":
+        assert found[0]["rl/kl"] == pytest.approx(0, abs=1e-6)  # products of new pairs are 0
+        assert found[-1]["rl/kl"] > 1e-6
+        assert all(name.endswith(("/a", "/b")) for name in saved(straight(variant))[0] if name.startswith("params/"))
     if variant == "ahead":
         assert found[0]["policy/correction"] == pytest.approx(1, abs=1e-5)
 

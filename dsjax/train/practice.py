@@ -155,7 +155,7 @@ class Practice:
         scorer: says what a model makes of texts that are there.
         tokenizer: of the model.
         mesh: devices that learn.
-        reference: all variables of the policy to stay near; None: there is none.
+        reference: (state) -> all variables of the policy to stay near; None: there is none.
         variables: (state) -> all variables that it writes with.
     """
 
@@ -168,7 +168,7 @@ class Practice:
         scorer: Scorer,
         tokenizer: Tokenizer,
         mesh: Mesh,
-        reference: Any,
+        reference: Callable[[TrainState], Any] | None,
         variables: Callable[[TrainState], Any],
     ):
         self._cfg, self._course, self._sampler, self._judge, self._scorer = cfg, course, sampler, judge, scorer
@@ -185,7 +185,8 @@ class Practice:
         if hosts.count() > 1:  # the same programs in the same order on all of them: not from two threads
             self._course.wait()
             watch.lap("rollout")
-        experience, metrics = self._experience(variables, written, worth)
+        reference = None if self._reference is None else self._reference(state)
+        experience, metrics = self._experience(variables, reference, written, worth)
         watch.lap("score")
         update, rollout, seed = self._cfg.update, self._cfg.rollout, (self._cfg.train.seed, counters.iteration)
         parts = split_rows(len(experience.tokens_BT), update.epochs, update.minibatches, seed)
@@ -251,7 +252,9 @@ class Practice:
 
     # ------------------------------------------------------------ arrays
 
-    def _experience(self, variables: Any, written: Written, worth: Worth) -> tuple[Experience, dict[str, float]]:
+    def _experience(
+        self, variables: Any, reference: Any, written: Written, worth: Worth
+    ) -> tuple[Experience, dict[str, float]]:
         """Rows of all texts with their advantages, and metrics of what models say of them."""
         cfg, policy = self._cfg.rollout, self._cfg.policy
         prompts = [prompt_tokens(self._tokenizer, e) for e in written.exercises for _ in range(cfg.samples)]
@@ -270,8 +273,8 @@ class Practice:
         if cfg.rescore and cfg.correction_limit:
             further["correction_BT"] = correction(old_NT, rows.told_NT, cfg.correction_limit)
         penalty_NT = None
-        if self._reference is not None:
-            reference_NT = self._scorer(self._reference, plain)["log_prob"]
+        if reference is not None:
+            reference_NT = self._scorer(reference, plain)["log_prob"]
             further["reference_log_prob_BT"] = reference_NT
             mask_NT = (rows.learned_NT > 0) & known_N[:, None]
             metrics["rl/kl"] = mean_over(

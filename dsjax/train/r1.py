@@ -62,6 +62,7 @@ from dsjax.train.r1_report import (
     spent_on,
 )
 from dsjax.train.start import Start, begun_with, with_tokenizer
+from dsjax.train.step import TrainState
 from dsjax.train.supervised import exercise_corpus, level_mix, supervised
 
 Say = Callable[[str], None]
@@ -249,10 +250,11 @@ def warm_start_run(config: R1) -> Pretrain:
 
 
 def control_run(config: R1) -> Pretrain:
-    """The run that goes on with solutions from where RL began; how long, :func:`solutions` says."""
+    """The run that goes on with solutions from where RL began; how long, :func:`solutions` says. If pairs are what RL
+    trains, the control trains such pairs."""
     base = warm_start_run(config)
     train = dataclasses.replace(base.train, steps=10**9, start_from=config.train.start_from)
-    return dataclasses.replace(base, train=train)
+    return dataclasses.replace(base, train=train, lora=config.lora)
 
 
 def solutions(config: R1, families: Mapping[str, Family], tokenizer: Tokenizer, *, learned: int = 0) -> Regime:
@@ -391,10 +393,13 @@ def judged(config: R1, rewards: Rewards, course: Course, written: Written) -> Wo
     return course.with_novelty(written, worth, found.answers)
 
 
-def reference_of(config: R1, setting: Setting) -> Any:
-    """All variables of the policy that RL began with."""
+def reference_of(config: R1, setting: Setting) -> Callable[[TrainState], Any]:
+    """(state) -> all variables of the policy that RL began with: where pairs are trained, the frozen weights."""
+    if setting.trainer.base is not None:
+        return lambda state: joined(state.frozen, state.buffers)
     source = Start(pathlib.Path(config.train.start_from), setting.corpus.tokenizer, setting.run.base())
-    return source.variables(setting.trainer, config.train.seed)
+    kept = source.variables(setting.trainer, config.train.seed)
+    return lambda state: kept
 
 
 def validation(
