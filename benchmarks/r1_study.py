@@ -68,7 +68,7 @@ def config_of(arm: str, seed: int) -> r1.R1:
 def warm_start(seed: int, folder: pathlib.Path) -> pathlib.Path:
     """The run that all arms of a seed begin with."""
     config = config_of("grpo", seed)
-    config, tokenizer = r1.inherited(config, RunFolder(folder))
+    config, tokenizer = r1.begins(config, RunFolder(folder))
     regime = r1.solutions(config, families_of(config.exercises), tokenizer)
     ended(pretrain.run(r1.warm_start_run(config), folder / "warm_start", quiet=True, regime=regime))
     return folder / "warm_start"
@@ -81,7 +81,7 @@ def trained(arm: str, seed: int, start: pathlib.Path, folder: pathlib.Path) -> R
     warm = dataclasses.replace(config.warm_start, steps=0)
     if arm == "control":
         config = dataclasses.replace(config, train=train)
-        of_rl, tokenizer = RunFolder(folder.parent / "grpo"), r1.inherited(config, RunFolder(folder))[1]
+        of_rl, tokenizer = RunFolder(folder.parent / "grpo"), r1.begins(config, RunFolder(folder))[1]
         learned = spent_on(of_rl)["tokens_learned"]
         regime = r1.solutions(config, families_of(config.exercises), tokenizer, learned=learned)
         ended(pretrain.run(r1.control_run(config), folder, quiet=True, regime=regime))

@@ -13,7 +13,7 @@ from r1_cpu import get_config as r1_cpu
 
 from dsjax.checkpoint import CheckpointConfig
 from dsjax.data.prepare import DataConfig
-from dsjax.train.best_of import BestOf, PicksConfig, WritingConfig
+from dsjax.train.best_of import BestOf, PicksConfig, TextsConfig
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.pretrain import TrainConfig
 
@@ -23,7 +23,7 @@ def get_config() -> BestOf:
     return BestOf(
         data=DataConfig(seq_len=r1.data.seq_len, batch_size=r1.warm_start.batch_size),
         exercises=r1.exercises,
-        rollout=WritingConfig(exercises=2000, prompts=64, samples=8, max_tokens=r1.rollout.max_tokens, rows=64),
+        rollout=TextsConfig(exercises=2000, prompts=64, samples=8, max_tokens=r1.rollout.max_tokens, rows=64),
         picks=PicksConfig(least=1.0, epochs=2),
         optim=OptimConfig(lr=5e-4, weight_decay=0.0, schedule="cosine", warmup_steps=10),
         train=TrainConfig(steps=10**6, log_every=5, start_from="runs/r1/warm_start"),

@@ -32,7 +32,7 @@ from dsjax.rl.preference import best_and_worst, best_of, read_pairs
 from dsjax.rl.rewards import RewardConfig
 from dsjax.runs import RunFolder
 from dsjax.sharding import MeshConfig
-from dsjax.train.best_of import PAIRS, PICKED, SHARES, BestOf, PicksConfig, WritingConfig, check, run
+from dsjax.train.best_of import PAIRS, PICKED, SHARES, BestOf, PicksConfig, TextsConfig, check, run
 from dsjax.train.kept_texts import WRITTEN, Group, Journal
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.preference import LabelConfig, PairsConfig, Preference
@@ -66,7 +66,7 @@ def best(**parts: Any) -> BestOf:
     config = BestOf(
         data=DataConfig(seq_len=32, batch_size=8),
         exercises=EXERCISES,
-        rollout=WritingConfig(exercises=40, prompts=16, samples=4, max_tokens=6),
+        rollout=TextsConfig(exercises=40, prompts=16, samples=4, max_tokens=6),
         rewards=RewardConfig(length=0.1, length_to=6, workers=1),
         picks=PicksConfig(least=0.5, epochs=4, pairs=True),
         optim=OptimConfig(lr=1e-2, weight_decay=0.0, schedule="constant", warmup_steps=1),

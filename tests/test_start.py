@@ -15,15 +15,21 @@ from small_runs import changed, home, saved, small, small_moe, training_records
 
 import dsjax
 from dsjax.cli import main
-from dsjax.config import UserError, load_config
+from dsjax.config import UserError, load_config, to_dict
 from dsjax.convert.command import Request
 from dsjax.convert.command import run as convert
+from dsjax.data.tokenizer import train_tokenizer
 from dsjax.models.decoder import LayerGroup
 from dsjax.nn.indexer import IndexerConfig
 from dsjax.nn.latent_attention import LatentAttentionConfig
 from dsjax.nn.mlp import MLPConfig
 from dsjax.runs import RunFolder
+from dsjax.train.best_of import BestOf
+from dsjax.train.code_finetune import CodeFinetune
+from dsjax.train.preference import Preference
 from dsjax.train.pretrain import Pretrain, run
+from dsjax.train.r1 import R1
+from dsjax.train.start import inherited
 
 STILL: dict[str, Any] = {"lr": 1e-30, "weight_decay": 0.0}  # a step of that size moves no weight
 
@@ -149,3 +155,23 @@ def test_what_does_not_fit_is_said(trained: pathlib.Path, converted: pathlib.Pat
         with pytest.raises(UserError, match=sentence):
             run(starting(config, source), tmp_path / "run", quiet=True)
         assert not (tmp_path / "run" / "checkpoints" / "0").exists()
+
+
+def test_a_tokenizer_that_the_run_has_not_is_given(tmp_path: pathlib.Path) -> None:
+    """A converted folder may have none; every recipe takes that of ``data.tokenizer_path`` then."""
+    folder, path = tmp_path / "run", tmp_path / "tokenizer.json"
+    folder.mkdir()
+    base = small("nowhere")
+    (folder / "config.json").write_text(json.dumps(to_dict(base)))
+    path.write_text(train_tokenizer([], 257).to_json())
+    new = RunFolder(tmp_path / "new")
+    for config in (small(), BestOf(), Preference(), CodeFinetune(), R1()):
+        config = changed(config, train={"start_from": str(folder)})
+        with pytest.raises(UserError, match=r"run, which has no tokenizer\.json; set data\.tokenizer_path$"):
+            inherited(config, new)
+        config = changed(config, data={"tokenizer_path": str(path), "seq_len": 64})
+        found, tokenizer = inherited(config, new)
+        assert (found.model, found.data.tokenizer_path) == (base.model, str(path))
+        assert tokenizer.encode("ab").tolist() == train_tokenizer([], 257).encode("ab").tolist()
+        with pytest.raises(UserError, match="does not exist"):
+            inherited(changed(config, data={"tokenizer_path": "none.json"}), new)

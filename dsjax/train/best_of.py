@@ -25,58 +25,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax import hosts
-from dsjax.config import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, UserError, to_dict
-from dsjax.config import validate as validated
+from dsjax.config import Bounds, PositiveInt, UserError
 from dsjax.data.prepare import Corpus
-from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.evals.solved import Solved, prompt_tokens
-from dsjax.infer.engine import placed
 from dsjax.infer.sampling import SamplingConfig
-from dsjax.manifest import make_folder
 from dsjax.metrics import Progress, write_atomic
 from dsjax.rl.exercises.config import ExercisesConfig, families_of
 from dsjax.rl.exercises.exercise import Exercise, Family, draw
 from dsjax.rl.preference import best_and_worst, best_of
 from dsjax.rl.rewards import RewardConfig, Rewards
-from dsjax.rl.rollout import Sampler
 from dsjax.runs import RunFolder
-from dsjax.sharding import MeshConfig, joined, make_mesh
 from dsjax.train import pretrain, supervised
 from dsjax.train.kept_texts import WRITTEN, Group, Journal, in_lines, judged
 from dsjax.train.lora import whole_weights
 from dsjax.train.pretrain import Pretrain, Regime, fixed_part, next_token_parts
-from dsjax.train.start import Start, begun_with, with_tokenizer
+from dsjax.train.start import Start, inherited
 from dsjax.train.step import Trainer, next_token_loss
+from dsjax.train.writing import WritingConfig, begun, check_writing, make_sampler
 
 Say = Callable[[str], None]
 PICKED, SHARES, PAIRS = "picked.jsonl", "shares.json", "pairs.jsonl"  # in the run folder
 
 
 @dataclasses.dataclass(frozen=True)
-class WritingConfig:
-    """What is written.
+class TextsConfig(WritingConfig):
+    """What is written, judged and kept.
 
     Attributes:
         exercises: of each family, of the training side; those that ask the same are there once.
         level_decay: there are that many times as many of a level as of the one below.
-        prompts: exercises P that are written for, judged and kept at a time.
-        samples: texts K for each.
-        max_tokens: of a text.
-        temperature: of sampling.
-        stop: texts that end one.
-        rows: texts that the engine works on at a time; 0: all of P exercises.
-        mesh: that texts are written on; none: the trainer's.
     """
 
+    prompts: PositiveInt = 64
     exercises: PositiveInt = 2000
     level_decay: Annotated[float, Bounds(gt=0, le=1)] = 1.0
-    prompts: PositiveInt = 64
-    samples: Annotated[int, Bounds(ge=1, lt=2**15)] = 8
-    max_tokens: PositiveInt = 32
-    temperature: PositiveFloat = 1.0
-    stop: tuple[str, ...] = ()
-    rows: NonNegativeInt = 0
-    mesh: MeshConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +92,7 @@ class BestOf(Pretrain):
     """
 
     exercises: ExercisesConfig = ExercisesConfig()
-    rollout: WritingConfig = WritingConfig()
+    rollout: TextsConfig = TextsConfig()
     rewards: RewardConfig = RewardConfig()
     picks: PicksConfig = PicksConfig()
 
@@ -117,11 +100,7 @@ class BestOf(Pretrain):
         super().validate()
         if not self.train.start_from:
             raise UserError("train.start_from is empty; name there the run whose model is to write")
-        if self.rollout.max_tokens >= self.data.seq_len:
-            raise UserError(
-                f"rollout.max_tokens is {self.rollout.max_tokens}; data.seq_len, {self.data.seq_len}, must leave room"
-                " for a prompt"
-            )
+        self.rollout.check_room(self.data.seq_len)
 
 
 # ---------------------------------------------------------------- run
@@ -130,11 +109,7 @@ class BestOf(Pretrain):
 def check(config: BestOf) -> tuple[Any, Trainer]:
     """See :func:`dsjax.train.pretrain.check`; also whether texts can be written on this mesh."""
     mesh, trainer = pretrain.check(config)
-    if trainer.base is None:
-        there = writing_mesh(config, mesh)
-        of_rows = there.shape["data"] * there.shape["expert"]
-        shapes = joined(trainer.shapes.params, trainer.shapes.buffers)
-        placed(trainer.graph, shapes, there, -(-rows_at_a_time(config) // of_rows) * of_rows)
+    check_writing(config.rollout, mesh, trainer)
     return mesh, trainer
 
 
@@ -145,7 +120,7 @@ def run(config: BestOf, folder: pathlib.Path, *, quiet: bool = False) -> int:
     run_folder = RunFolder(folder)
     run_folder.check()
     families = families_of(config.exercises)
-    config, tokenizer = inherited(config, run_folder)
+    config, tokenizer = inherited(config, run_folder, values="none", plain="picked texts")
     check(config)
     exercises, held_out = drawn(config, families, tokenizer), evaluated(config, families)
     facts = told(config, exercises)
@@ -162,46 +137,6 @@ def run(config: BestOf, folder: pathlib.Path, *, quiet: bool = False) -> int:
     picked = keep_best(config, run_folder, exercises, journal.groups, say)
     regime = Regime(next_token_loss, functools.partial(material, tokenizer, picked, held_out), next_token_parts)
     return pretrain.run(config, folder, quiet=quiet, regime=regime)
-
-
-def inherited(config: BestOf, run_folder: RunFolder) -> tuple[BestOf, Tokenizer]:
-    """The config with the model that writes and learns, and its tokenizer; those of a run that goes on stay.
-
-    Raises:
-        UserError: there is no such run, it has no tokenizer, or its model needs more than tokens.
-    """
-    start, base = begun_with(config, run_folder)
-    if not start.tokenizer.is_file():
-        raise UserError(
-            f"train.start_from is {start.path}, which has no tokenizer.json; no text can be written without"
-        )
-    if base.model.structure is not None:
-        raise UserError(
-            f"train.start_from is {start.path}, whose model is given the structure of code; picked texts are learned by"
-            " models of plain tokens"
-        )
-    data = with_tokenizer(config.data, base, str(start.tokenizer))
-    model = dataclasses.replace(base.model, values="none")
-    config = dataclasses.replace(config, model=model, data=data)
-    validated(config)
-    return config, load_tokenizer(start.tokenizer, end_token=data.end_token)
-
-
-def begun(config: BestOf, run_folder: RunFolder) -> None:
-    """The folder says what it is going to be, before there is a checkpoint in it."""
-    if not run_folder.config.exists() and not hosts.index():
-        make_folder(run_folder.path)
-        write_atomic(run_folder.config, json.dumps(to_dict(config), indent=1) + "\n")
-
-
-def rows_at_a_time(config: BestOf) -> int:
-    """Texts that are written at a time."""
-    return config.rollout.rows or config.rollout.prompts * config.rollout.samples
-
-
-def writing_mesh(config: BestOf, mesh: Any) -> Any:
-    """The devices that write, of a trainer on ``mesh``."""
-    return mesh if config.rollout.mesh is None else make_mesh(config.rollout.mesh, list(mesh.devices.flat))
 
 
 # ---------------------------------------------------------------- exercises
@@ -267,13 +202,7 @@ def write(
     cfg, num = config.rollout, len(exercises)
     mesh, trainer = pretrain.build(config)
     with Rewards(config.rewards, families) as rewards, Progress(num, label="writing", every=1, quiet=quiet) as bar:
-        sampler = Sampler(
-            trainer.graph,
-            tokenizer,
-            writing_mesh(config, mesh),
-            num_rows=rows_at_a_time(config),
-            max_length=config.data.seq_len,
-        )
+        sampler = make_sampler(cfg, trainer, mesh, tokenizer, config.data.seq_len)
         variables = whole_weights(start.variables(trainer, config.train.seed), jnp.dtype(config.compute.dtype))
         for first in range(len(journal.groups), num, cfg.prompts):
             some = exercises[first : first + cfg.prompts]

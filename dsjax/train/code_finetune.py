@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsjax import hosts
-from dsjax.config import PositiveInt, UserError, validate
+from dsjax.config import PositiveInt, UserError
 from dsjax.data.batch import Batch
 from dsjax.data.prepare import Corpus, prepare
 from dsjax.data.structure.errors import BROKEN, REPAIR
@@ -54,7 +54,7 @@ from dsjax.train.loop import Counters
 from dsjax.train.lora import whole_weights
 from dsjax.train.pretrain import Pretrain, Regime, Setting
 from dsjax.train.selection import keep_best
-from dsjax.train.start import begun_with, with_tokenizer
+from dsjax.train.start import inherited
 from dsjax.train.step import LossFunction, LossReport, TrainState, next_token_loss
 
 Say = Callable[[str], None]
@@ -148,30 +148,13 @@ def check(config: CodeFinetune) -> tuple[Any, Any]:
 
 def run(config: CodeFinetune, folder: pathlib.Path, *, quiet: bool = False) -> int:
     """Trains, or goes on with, the run in ``folder``; returns the exit code."""
-    config = inherited(config, RunFolder(folder))
+    if config.inherit and config.train.start_from:
+        config = inherited(config, RunFolder(folder))[0]
     check(config)
     asked = problems_of(asked_for(config.select))  # a file that is not there is known now
     with Sandbox(workers=config.select.workers) as sandbox:  # before anything is read: whether there can be one
         regime = Regime(joint_loss(config.risk), material, functools.partial(parts, sandbox, asked))
         return pretrain.run(config, folder, quiet=quiet, regime=regime)
-
-
-def inherited(config: CodeFinetune, run_folder: RunFolder) -> CodeFinetune:
-    """The config with the model and the tokenizer that the run begins with; those of a run that goes on stay.
-
-    Raises:
-        UserError: there is no such run, or it has no tokenizer.
-    """
-    if not (config.inherit and config.train.start_from):
-        return config
-    start, base = begun_with(config, run_folder)
-    path = config.data.tokenizer_path or str(start.tokenizer)
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"train.start_from is {start.path}, which has no tokenizer.json; set data.tokenizer_path")
-    data = with_tokenizer(config.data, base, path)
-    config = dataclasses.replace(config, model=base.model, data=data)
-    validate(config)
-    return config
 
 
 def material(config: CodeFinetune, say: Say) -> tuple[CodeFinetune, Corpus, CourseRows]:

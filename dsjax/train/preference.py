@@ -20,11 +20,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dsjax import hosts
-from dsjax.config import Bounds, PositiveFloat, PositiveInt, UserError, validate
+from dsjax.config import Bounds, PositiveFloat, PositiveInt, UserError
 from dsjax.data.batch import Batch
 from dsjax.data.pipeline import make_batches
 from dsjax.data.prepare import Corpus, CorpusReport
-from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.metrics import write_atomic
 from dsjax.models.decoder import Decoder
 from dsjax.nn.masks import Documents
@@ -49,7 +49,7 @@ from dsjax.train import pretrain
 from dsjax.train.curriculum import course_order
 from dsjax.train.policy_loss import with_routers
 from dsjax.train.pretrain import Pretrain, Regime, Setting
-from dsjax.train.start import Start, begun_with, with_tokenizer
+from dsjax.train.start import Start, inherited
 from dsjax.train.step import LossFunction, LossReport
 
 Say = Callable[[str], None]
@@ -155,32 +155,12 @@ def check(config: Preference) -> tuple[Any, Any]:
 
 def run(config: Preference, folder: pathlib.Path, *, quiet: bool = False) -> int:
     """Trains, or goes on with, the run in ``folder``; returns the exit code."""
-    config, tokenizer = inherited(config, RunFolder(folder))
+    values = "head" if config.method == "reward" else "none"
+    config, tokenizer = inherited(config, RunFolder(folder), values=values, plain="pairs")
     check(config)
     loss_fn = preference_loss(config.method, config.labels)
     regime = Regime(loss_fn, functools.partial(material, tokenizer), parts, first_batch=first_batch)
     return pretrain.run(config, folder, quiet=quiet, regime=regime)
-
-
-def inherited(config: Preference, run_folder: RunFolder) -> tuple[Preference, Tokenizer]:
-    """The config with the model that the run begins with, and its tokenizer; those of a run that goes on stay.
-
-    Raises:
-        UserError: there is no such run, it has no tokenizer, or its model needs more than tokens.
-    """
-    start, base = begun_with(config, run_folder)
-    if not start.tokenizer.is_file():
-        raise UserError(f"train.start_from is {start.path}, which has no tokenizer.json; no pair can be read without")
-    if base.model.structure is not None:
-        raise UserError(
-            f"train.start_from is {start.path}, whose model is given the structure of code; pairs are learned by models"
-            " of plain tokens"
-        )
-    data = with_tokenizer(config.data, base, str(start.tokenizer))
-    model = dataclasses.replace(base.model, values="head" if config.method == "reward" else "none")
-    config = dataclasses.replace(config, model=model, data=data)
-    validate(config)
-    return config, load_tokenizer(start.tokenizer, end_token=data.end_token)
 
 
 def first_batch(config: Preference, mesh: Any) -> Batch:

@@ -23,13 +23,10 @@ import numpy as np
 
 from dsjax import hosts
 from dsjax.config import UserError, to_dict
-from dsjax.config import validate as validated
 from dsjax.data.prepare import Corpus
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from dsjax.evals.solved import as_judged, solved
-from dsjax.infer.engine import placed
 from dsjax.infer.sampling import SamplingConfig
-from dsjax.manifest import make_folder
 from dsjax.metrics import read_metrics, write_atomic
 from dsjax.rl.advantages import AdvantageConfig, overlong_penalty
 from dsjax.rl.algorithms import AlgorithmConfig
@@ -45,7 +42,7 @@ from dsjax.rl.policy import PolicyConfig
 from dsjax.rl.rewards import RewardConfig, Rewards
 from dsjax.rl.rollout import Sampler
 from dsjax.runs import RunFolder
-from dsjax.sharding import Rules, joined, make_mesh, training_rules
+from dsjax.sharding import Rules, joined, training_rules
 from dsjax.train import pretrain
 from dsjax.train.course import Course, Worth, Written
 from dsjax.train.lora import whole_weights
@@ -61,9 +58,10 @@ from dsjax.train.r1_report import (
     solved_by,
     spent_on,
 )
-from dsjax.train.start import Start, begun_with, with_tokenizer
+from dsjax.train.start import Start, inherited
 from dsjax.train.step import TrainState
 from dsjax.train.supervised import exercise_corpus, level_mix, supervised
+from dsjax.train.writing import begun, check_writing, make_sampler
 
 Say = Callable[[str], None]
 
@@ -108,11 +106,7 @@ class R1(Pretrain):
                 f"rollout.prompts * rollout.samples is {rows}; update.minibatches * train.accumulate,"
                 f" {update.minibatches * self.train.accumulate}, must divide it"
             )
-        if cfg.max_tokens >= self.data.seq_len:
-            raise UserError(
-                f"rollout.max_tokens is {cfg.max_tokens}; data.seq_len, {self.data.seq_len}, must leave room for a"
-                " prompt"
-            )
+        cfg.check_room(self.data.seq_len)
         if self.advantage.kind == "gae" and self.model.values == "none":
             raise UserError(
                 f"algorithm.name is {self.algorithm.name}, whose advantages take a critic, but model.values is none; it"
@@ -145,11 +139,7 @@ def check(config: R1) -> tuple[Any, Any]:
     """See :func:`dsjax.train.pretrain.check`; also whether texts can be written on this mesh, and split over it."""
     loss_fn = policy_loss(config.policy, temperature=config.rollout.temperature)
     mesh, trainer = pretrain.check(of_updates(config), loss_fn)
-    if trainer.base is None:
-        there = writing_mesh(config, mesh)
-        of_rows = there.shape["data"] * there.shape["expert"]
-        shapes = joined(trainer.shapes.params, trainer.shapes.buffers)
-        placed(trainer.graph, shapes, there, -(-rows_at_a_time(config) // of_rows) * of_rows)
+    check_writing(config.rollout, mesh, trainer)
     return mesh, trainer
 
 
@@ -161,12 +151,12 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
     run_folder.check()
     families = families_of(config.exercises)
     named_levels(config, families)
-    config, tokenizer = inherited(config, run_folder)
+    config, tokenizer = begins(config, run_folder)
     check(config)
     with Rewards(config.rewards, families) as rewards:
         if config.warm_start.steps:
             say(f"warm start: {config.warm_start.steps} steps on solutions")
-            begun(config, run_folder)
+            begun(of_updates(config), run_folder)
             start = folder / "warm_start"
             regime = solutions(config, families, tokenizer)
             if code := pretrain.run(warm_start_run(config), start, quiet=quiet, regime=regime):
@@ -193,36 +183,21 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
     return 0
 
 
-def begun(config: R1, run_folder: RunFolder) -> None:
-    """The folder says what it is going to be, before there is a checkpoint in it."""
-    if not run_folder.config.exists() and not hosts.index():
-        make_folder(run_folder.path)
-        write_atomic(run_folder.config, json.dumps(to_dict(of_updates(config)), indent=1) + "\n")
-
-
 def byte_tokenizer() -> Tokenizer:
     """A token for each byte, and the boundary."""
     return train_tokenizer([], 257)
 
 
-def inherited(config: R1, run_folder: RunFolder) -> tuple[R1, Tokenizer]:
+def begins(config: R1, run_folder: RunFolder) -> tuple[R1, Tokenizer]:
     """The config with the model that RL begins with, if there is a run that says so; and the tokenizer.
 
     Raises:
         UserError: there is no such run, or it has no tokenizer.
     """
-    if not config.train.start_from:
-        data = config.data
-        path = data.tokenizer_path
-        return config, load_tokenizer(path, end_token=data.end_token) if path else byte_tokenizer()
-    start, base = begun_with(config, run_folder)
-    if not start.tokenizer.is_file():
-        raise UserError(f"train.start_from is {start.path}, which has no tokenizer.json; set data.tokenizer_path")
-    data = with_tokenizer(config.data, base, str(start.tokenizer))
-    model = dataclasses.replace(base.model, values=config.model.values)
-    config = dataclasses.replace(config, model=model, data=data)
-    validated(config)
-    return config, load_tokenizer(start.tokenizer, end_token=data.end_token)
+    if config.train.start_from:
+        return inherited(config, run_folder, values=config.model.values)
+    path = config.data.tokenizer_path
+    return config, load_tokenizer(path, end_token=config.data.end_token) if path else byte_tokenizer()
 
 
 def of_updates(config: R1) -> R1:
@@ -329,33 +304,18 @@ def material(tokenizer: Tokenizer, config: R1, say: Say) -> tuple[R1, Corpus, No
     return config, dataclasses.replace(corpus, fingerprint=digest.hexdigest()), None
 
 
-def rows_at_a_time(config: R1) -> int:
-    """Texts that are written at a time."""
-    return config.rollout.rows or config.rollout.prompts * config.rollout.samples
-
-
-def writing_mesh(config: R1, mesh: Any) -> Any:
-    """The devices that write, of a trainer on ``mesh``."""
-    return mesh if config.rollout.mesh is None else make_mesh(config.rollout.mesh, list(mesh.devices.flat))
-
-
-def sampler_of(config: R1, trainer: Any, mesh: Any, tokenizer: Tokenizer) -> Sampler:
-    """What writes texts."""
-    return Sampler(
-        trainer.graph,
-        tokenizer,
-        writing_mesh(config, mesh),
-        num_rows=rows_at_a_time(config),
-        max_length=config.data.seq_len,
-        tell_experts=bool(config.model.experts()),
-    )
-
-
 def parts(families: Mapping[str, Family], rewards: Rewards, setting: Setting) -> dict[str, Any]:
     """What the loop gets."""
     config, tokenizer = cast(R1, setting.config), setting.corpus.tokenizer
     course = Course(config, families, setting.corpus.fingerprint)
-    sampler = sampler_of(config, setting.trainer, setting.mesh, tokenizer)
+    sampler = make_sampler(
+        config.rollout,
+        setting.trainer,
+        setting.mesh,
+        tokenizer,
+        config.data.seq_len,
+        tell_experts=bool(config.model.experts()),
+    )
     scorer = Scorer(setting.trainer.graph, setting.mesh, training_rules(config.mesh), config, tokenizer.end_id)
     practice = Practice(
         config,
@@ -469,7 +429,7 @@ def report(config: R1, run_folder: RunFolder, families: Mapping[str, Family], re
     exercises, levels = held_out(config, families), named_levels(config, families)
     say(f"report: {len(exercises):,} held-out exercises, {len(runs)} models")
     mesh, trainer = pretrain.build(of_updates(config), loss_fn=policy_loss(config.policy))
-    tables = solved_by(config, trainer, writing_mesh(config, mesh), runs, exercises, rewards)
+    tables = solved_by(config, trainer, config.rollout.devices(mesh), runs, exercises, rewards)
     if hosts.index():
         return
     spent = {name: spent_on(run) for name, run in runs.items()}

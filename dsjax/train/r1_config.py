@@ -7,8 +7,8 @@ from typing import Annotated
 
 from dsjax.config import Bounds, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.rl.arms import Arm
-from dsjax.sharding import MeshConfig
 from dsjax.train.optimizer import OptimConfig
+from dsjax.train.writing import WritingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +31,10 @@ class WarmStartConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutConfig:
-    """What is written in an iteration.
+class RolloutConfig(WritingConfig):
+    """What is written in an iteration. ``temperature`` is the policy's, in writing and in learning.
 
     Attributes:
-        prompts: exercises P.
-        samples: texts K for each.
-        max_tokens: of a text.
-        temperature: of the policy, in writing and in learning.
-        stop: texts that end one.
-        rows: texts that the engine works on at a time; 0: all.
-        mesh: that texts are written on; none: the trainer's.
         replay: tokens go to the experts in learning that they went to in writing.
         rescore: probabilities under the policy that wrote are the trainer's, and not the engine's.
         correction_limit: with ``rescore`` a token counts by how much likelier the trainer finds it than the engine
@@ -54,13 +47,6 @@ class RolloutConfig:
         overlong: tokens before ``max_tokens`` over which a penalty grows from 0 to 1 (DAPO); 0: there is none.
     """
 
-    prompts: PositiveInt = 32
-    samples: Annotated[int, Bounds(ge=1, lt=2**15)] = 8
-    max_tokens: PositiveInt = 32
-    temperature: PositiveFloat = 1.0
-    stop: tuple[str, ...] = ()
-    rows: NonNegativeInt = 0
-    mesh: MeshConfig | None = None
     replay: bool = True
     rescore: bool = False
     correction_limit: NonNegativeFloat = 0.0

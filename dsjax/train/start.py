@@ -7,19 +7,20 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import traverse_util
 
 from dsjax.checkpoint import flatten, path_name
-from dsjax.config import UserError
+from dsjax.config import UserError, validate
 from dsjax.data.prepare import DataConfig
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.runs import Base, RunFolder
 from dsjax.train.step import Trainer, TrainState
 
+C = TypeVar("C")
 CRITIC = "critic/"  # what the names of a decoder of values begin with
 ORIGIN = "hf"  # what a converted run keeps for the way back
 
@@ -38,6 +39,35 @@ def with_tokenizer(data: DataConfig, base: Any, path: str) -> DataConfig:
     """``data`` with the tokenizer of a run whose config is ``base``, in the file ``path``."""
     end, size = base.data.end_token, base.data.vocab_size
     return dataclasses.replace(data, tokenizer_path=path, special_tokens=(), vocab_size=size, end_token=end)
+
+
+def inherited(config: C, run_folder: RunFolder, *, values: str | None = None, plain: str = "") -> tuple[C, Tokenizer]:
+    """The config with the model and the tokenizer that fine-tuning begins with; those of a run that goes on stay.
+
+    Args:
+        config: of a recipe with a ``train.start_from``. Its ``data.tokenizer_path`` goes before the tokenizer there.
+        run_folder: of the new run.
+        values: what the model makes values with; None: that stays, too.
+        plain: whose learners are models of plain tokens; empty: the model may be given the structure of code.
+
+    Raises:
+        UserError: there is no such run, it has no tokenizer, or its model needs more than tokens.
+    """
+    settings: Any = config
+    start, base = begun_with(settings, run_folder)
+    path = settings.data.tokenizer_path or str(start.tokenizer)
+    if not settings.data.tokenizer_path and not start.tokenizer.is_file():
+        raise UserError(f"train.start_from is {start.path}, which has no tokenizer.json; set data.tokenizer_path")
+    if plain and base.model.structure is not None:
+        raise UserError(
+            f"train.start_from is {start.path}, whose model is given the structure of code; {plain} are learned by"
+            " models of plain tokens"
+        )
+    data = with_tokenizer(settings.data, base, path)
+    model = base.model if values is None else dataclasses.replace(base.model, values=values)
+    config = dataclasses.replace(settings, model=model, data=data)
+    validate(config)
+    return config, load_tokenizer(pathlib.Path(path), end_token=data.end_token)
 
 
 class Start:
