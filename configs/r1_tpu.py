@@ -3,7 +3,7 @@
     dsjax convert DeepSeek-R1-Distill-Qwen-7B runs/r1_distill_7b
     dsjax train configs/r1_tpu.py exercises.files=train.jsonl --run runs/r1
     dsjax plan configs/r1_tpu.py --topology v5e:4x4
-    dsjax plan configs/r1_tpu.py --topology v5e:4x4 --mode decode --mesh data=4,tensor=4 --batch-size 64
+    dsjax plan configs/r1_tpu.py --topology v5e:4x4 --mode decode --mesh data=4,tensor=4 --batch 128
 
 The model is the base's own. Mathematics and programs: reasoning-gym's generators, tasks of the Coder's that the sandbox
 runs, and any JSON lines of questions and answers. Texts of 3,072 tokens behind prompts of up to 1,024; every token

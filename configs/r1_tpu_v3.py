@@ -3,7 +3,7 @@
     dsjax convert DeepSeek-V3 runs/v3
     dsjax train configs/r1_tpu_v3.py --run runs/r1_v3
     dsjax plan configs/r1_tpu_v3.py --topology v5p:8x8x16
-    dsjax plan configs/r1_tpu_v3.py --topology v5p:8x8x16 --mode decode --mesh data=32,expert=32 --batch-size 512
+    dsjax plan configs/r1_tpu_v3.py --topology v5p:8x8x16 --mode decode --mesh data=32,expert=32 --batch 512
 
 configs/r1_tpu.py with the model of configs/deepseek_v3.py: texts go to the experts in learning that they went to in
 writing, routers keep their bias, and one iteration's texts are written while the one before is learned from.

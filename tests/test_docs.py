@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import pathlib
@@ -38,7 +39,12 @@ def commands(page: pathlib.Path) -> list[list[str]]:
 
 
 def dsjax_commands() -> list[list[str]]:
-    return [words[1:] for page in PAGES for words in commands(page) if words[0] == "dsjax"]
+    """Those of the pages, and of the first lines of configs."""
+    found = [words for page in PAGES for words in commands(page)]
+    for path in sorted((ROOT / "configs").rglob("*.py")):
+        page = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found += [shlex.split(line) for line in re.findall(r"^    (dsjax .*)$", page, re.MULTILINE)]
+    return [list(words[1:]) for words in dict.fromkeys(map(tuple, found)) if words[0] == "dsjax"]
 
 
 @pytest.fixture
