@@ -21,7 +21,7 @@ def config(name: str) -> Any:
     attention = AttentionConfig(spec.num_heads, spec.num_heads, spec.d_head)
     ffn = MLPConfig(spec.d_ff)
     if spec.num_experts:
-        ffn = MoEConfig(spec.num_experts, spec.experts_per_token, spec.d_ff, balance_coef=0.01)
+        ffn = MoEConfig(spec.num_experts, spec.experts_per_token, spec.d_ff, balance_coef=0.01 / spec.num_layers)
     return Pretrain(
         model=DecoderConfig(spec.vocab_size, spec.d_model, spec.num_layers, (LayerGroup(ffn, attention),)),
         data=DataConfig(vocab_size=spec.vocab_size, seq_len=spec.length, batch_size=spec.batch_size),

@@ -107,6 +107,15 @@ SHARED = (
     ),
 )
 
+REFERENCE = tuple(
+    Fault(what, "reference.py", old, new, case, "reference")
+    for what, old, new, case in (
+        ("groups are not looked at", "(-choice_TE, ~kept_TE)", "(-choice_TE,)", "groups"),
+        ("padding chooses", "jnp.where(counted_T[:, None], experts_TX, E)", "experts_TX", "padded"),
+        ("the last row stands for nowhere", "(row_TX < len(y_RD))", "(row_TX < row_TX + 1)", "limited"),
+    )
+)
+
 XLA = tuple(
     Fault(what, "xla.py", old, new, case)
     for what, old, new, case in (
@@ -240,7 +249,7 @@ TPU = tuple(
     )
 )
 
-FAULTS = SHARED + XLA + TPU
+FAULTS = SHARED + REFERENCE + XLA + TPU
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.what}")

@@ -104,6 +104,7 @@ def test_no_layer_is_cut_out_of_a_stack(platform: str) -> None:
 
 
 X, W, BACK, SIZES = jnp.ones((6, 4)), jnp.ones((3, 4, 5)), jnp.ones((3, 5, 4)), jnp.array([1, 2, 3])
+INT8 = W.astype(jnp.int8)
 PLAN = plan_dispatch(jnp.zeros((6, 1), jnp.int32), 3)
 
 
@@ -116,6 +117,19 @@ PLAN = plan_dispatch(jnp.zeros((6, 1), jnp.int32), 3)
         ("grouped_matmul", (X, W, SIZES), {"layer": jnp.int32(0)}, "behind one dimension of layers"),
         ("grouped_matmul", (X, W.astype(jnp.int8), SIZES), {}, "w is int8 and scales are not given"),
         ("grouped_matmul", (X, W, SIZES), {"scales_EF": jnp.ones((3, 5))}, "w is float32 and scales are given"),
+        ("grouped_matmul", (X, INT8, SIZES), {"scales_EF": jnp.ones(5)}, r"scales are \(5,\); of w .* are \(3, 5\)"),
+        ("grouped_matmul", (X, INT8, SIZES), {"scales_EF": jnp.ones((2, 5))}, r"scales are \(2, 5\)"),
+        ("grouped_matmul", (X, INT8, SIZES), {"scales_EF": jnp.ones((3, 1))}, r"scales are \(3, 1\)"),
+        ("grouped_matmul", (X, INT8, SIZES), {"scales_EF": jnp.ones((3, 4))}, r"scales are \(3, 4\)"),
+        (
+            "grouped_matmul",
+            (X, jnp.stack([INT8, INT8]), SIZES),
+            {"scales_EF": jnp.ones((3, 5)), "layer": 1},
+            r"scales are \(3, 5\); of w \(2, 3, 4, 5\) they are \(2, 3, 5\)",
+        ),
+        ("grouped_matmul", (X, W[:0], SIZES[:0]), {}, "of at least one group"),
+        ("grouped_matmul", (X, W, jnp.ones(3)), {}, "group sizes: the dtype is float32"),
+        ("grouped_swiglu", (X, W[None], W[None], BACK[None], SIZES), {"layer": 0.0}, "layer: the dtype is float32"),
         ("grouped_matmul", (X, W.astype(jnp.bfloat16), SIZES), {}, "w is bfloat16 and .*; w is float32 as the rows"),
         ("grouped_matmul", (X, W, SIZES), {"implementation": "no"}, "implementation is 'no'; it is one of None, 'ref"),
         ("grouped_swiglu", (X, W, W, W, SIZES), {}, r"weights are \(E, D, F\), \(E, D, F\), \(E, F, D\)"),
@@ -129,6 +143,14 @@ def test_what_does_not_go_together_is_an_error(
     """Of a copy, whose calls the shape checker of these tests does not see first."""
     with altered(pallas_kernels.grouped_matmul, tmp_path) as package, pytest.raises(ValueError, match=message):
         getattr(package, function)(*arguments, **more)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_sizes_and_a_layer_may_be_plain_numbers(implementation: str) -> None:
+    weights = [jnp.stack([w, 2 * w]) for w in (W, W, BACK)]
+    for f, arrays in ((grouped_matmul, weights[:1]), (grouped_swiglu, weights)):
+        want = f(X, *arrays, SIZES, layer=jnp.int32(1), implementation=implementation)
+        np.testing.assert_array_equal(f(X, *arrays, [1, 2, 3], layer=1, implementation=implementation), want)
 
 
 def test_no_rows_at_all() -> None:

@@ -231,6 +231,15 @@ def test_a_trainer_turns_capacities_on_and_nothing_else_does() -> None:
     assert layer.capacity_factor == 2.0
 
 
+@pytest.mark.parametrize("capacity", [1e7, 1e37, DynamicCapacity((1.0, 1e9))])
+def test_any_capacity_that_is_allowed_has_a_program(capacity: float | DynamicCapacity) -> None:
+    cfg = MoEConfig(num_experts=E, d_ff=F, capacity=capacity)
+    validate(cfg)
+    layer, x = moe(cfg, factor=cfg.training_factor()), jax.ShapeDtypeStruct((1, 4096, D), jnp.float32)
+    y, _ = nnx.eval_shape(lambda layer, x: layer(x, jnp.ones(x.shape[:2])), layer, x)
+    assert y.shape == x.shape
+
+
 # ---------------------------------------------------------------- numbers and devices
 
 

@@ -264,6 +264,15 @@ def test_a_compiler_that_dies_is_told_and_nothing_is_kept(
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_an_error_of_python_is_told_as_it_is() -> None:
+    """Not JAX's note on the frames that it has removed, which comes behind it."""
+    fails = "import jax; jax.jit(lambda x: x.no_such_thing)(1.0)"
+    answer, died, last = process.answer_of(("-c", fails), "", parse_topology("cpu:1"), lambda text: None)
+    assert (answer, died) == (None, "")
+    assert last.startswith("AttributeError: ")
+    assert "no_such_thing" in last
+
+
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dsjax\[plan\]'"):

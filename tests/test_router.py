@@ -51,6 +51,7 @@ def test_weights_by_hand() -> None:
     np.testing.assert_allclose(chosen_weights(scores, normalize=False, scale=16.0), scores * 16, rtol=1e-6)
     want = [[2.5 * 0.625, 2.5 * 0.375], [2.5 * 0.75, 2.5 * 0.25]]
     np.testing.assert_allclose(chosen_weights(scores, normalize=True, scale=2.5), want, rtol=1e-6)
+    np.testing.assert_allclose(chosen_weights(scores[:, :1], normalize=True, scale=2.0), [[2.0], [2.0]], rtol=1e-6)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -109,6 +110,35 @@ def test_the_metrics_of_two_layers_by_hand() -> None:
     assert {name: pytest.approx(float(value), abs=1e-6) for name, value in found.items()} == want
 
 
+def test_the_pairs_of_all_layers_of_deepseek_v3_are_more_than_int32_holds() -> None:
+    """58 layers of 256 experts, 8 for each of 15,360 * 4,096 tokens; a thousandth of the pairs is dropped."""
+    layers, experts, tokens = 58, 256, 15_360 * 4_096
+    load = np.full((layers, experts), tokens * 8 // experts, np.int32)
+    dropped = load // 1000
+    v3 = RouterSums(
+        tokens=jnp.full(layers, tokens),
+        pairs=jnp.full(layers, tokens * 8),
+        load_E=jnp.asarray(load),
+        kept_E=jnp.asarray(load - dropped).at[3, 7].add(-1),  # and one is lost
+        dropped_E=jnp.asarray(dropped),
+        dropped_at={"1.0": jnp.asarray(dropped.sum(axis=1, dtype=np.int32)), "2.0": jnp.zeros(layers, jnp.int32)},
+        prob_E=jnp.ones((layers, experts)),
+        entropy=jnp.ones(layers),
+    )
+    found, rate = router_metrics(v3), dropped[0, 0] / load[0, 0]
+    # Float32 sums of 58 numbers.
+    assert float(found["drop_rate"]) == pytest.approx(rate, rel=1e-5)
+    assert float(found["max_over_mean_load"]) == pytest.approx(1, rel=1e-5)
+    assert float(found["unaccounted"]) == 1
+    rates = drop_rates({"group_1": v3, "group_2": v3})
+    assert {name: float(x) for name, x in rates.items()} == {"1.0": pytest.approx(rate, rel=1e-5), "2.0": 0}
+
+
+def test_the_mean_load_may_be_less_than_a_pair() -> None:
+    found = router_metrics(sums([[1, 1, 0, 0], [2, 0, 0, 0]], tokens=1))
+    assert float(found["max_over_mean_load"]) == (1 / 0.5 + 2 / 0.5) / 2
+
+
 @pytest.mark.parametrize(
     ("kept", "dropped"),
     [
@@ -141,8 +171,18 @@ def test_drop_rates_are_those_of_all_layers_that_have_a_dynamic_capacity() -> No
 
 
 @pytest.mark.parametrize(
-    ("factor", "pairs", "experts", "room"),
-    [(1.0, 16, 4, 4), (1.25, 16, 4, 5), (1.0, 17, 4, 5), (1.1, 80, 8, 11), (0.01, 16, 4, 1), (1.25, 4096, 8, 640)],
+    ("factor", "tokens", "top_k", "experts", "room"),
+    [
+        (1.0, 8, 2, 4, 4),
+        (1.25, 8, 2, 4, 5),
+        (1.0, 17, 1, 4, 5),
+        (1.1, 40, 2, 8, 11),
+        (0.01, 8, 2, 4, 1),
+        (1.25, 2048, 2, 8, 640),
+        (9.0, 8, 2, 4, 8),  # one pair of each token is all that there can be
+        (1e38, 62_914_560, 8, 256, 62_914_560),
+        (2.0, 0, 2, 4, 1),
+    ],
 )
-def test_the_room_of_an_expert_by_hand(factor: float, pairs: int, experts: int, room: int) -> None:
-    assert capacity_of(factor, pairs, experts) == room
+def test_the_room_of_an_expert_by_hand(factor: float, tokens: int, top_k: int, experts: int, room: int) -> None:
+    assert capacity_of(factor, tokens, top_k, experts) == room

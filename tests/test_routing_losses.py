@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from routed_runs import ONE, E, arrays, job, random_batch, routed_by, trained
+from flax import nnx
+from routed_runs import ATTENTION, ONE, E, arrays, job, random_batch, routed_by, trained
 
-from dsjax.nn.router import RouterSums
+from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
+from dsjax.nn.moe import MoEConfig
+from dsjax.nn.router import RouterStats, RouterSums
 from dsjax.nn.routing_losses import (
     EntropyConstraint,
     entropy_gaps,
@@ -219,6 +222,21 @@ def test_all_losses_at_once_are_logged_and_add_up() -> None:
     metrics = trained(1, cfg=routed_by(**weights))[1][0]
     found = {name for name in metrics if name.startswith("loss/")}
     assert found == {"loss/balance", "loss/router_z", "loss/sequence_balance", "loss/entropy_constraint"}
-    assert 0.9 < metrics["loss/balance"] / 0.01 < 2
-    assert 0.9 < metrics["loss/sequence_balance"] / 0.003 < 3
+    assert 0.9 < metrics["loss/balance"] / (2 * 0.01) < 2  # of two layers
+    assert 0.9 < metrics["loss/sequence_balance"] / (2 * 0.003) < 3
     assert metrics["router/group_0/unaccounted"] == 0
+
+
+@pytest.mark.parametrize("listed", [[4], [2, 2], [3, 1], [1, 1, 1, 1]])
+def test_how_a_config_lists_its_layers_changes_no_loss(listed: list[int]) -> None:
+    experts = MoEConfig(E, 2, 8, balance_coef=0.01, sequence_coef=0.003)
+    groups = tuple(LayerGroup(experts, ATTENTION, num_layers=num) for num in listed)
+    model = Decoder(DecoderConfig(64, 16, 4, groups), rngs=nnx.Rngs(0))
+    zero = jnp.zeros(1)
+    sums = RouterSums(zero, zero, zero, zero, zero, {}, zero, zero)
+    router = {
+        name: RouterStats(sums, {"balance": jnp.ones(num), "sequence_balance": jnp.full(num, 2.0)})
+        for name, num in zip(model.cfg.experts(), listed, strict=True)
+    }
+    losses = model.auxiliary_losses(router)
+    assert {name: float(x) for name, x in losses.items()} == pytest.approx({"balance": 0.04, "sequence_balance": 0.024})

@@ -11,4 +11,4 @@ from dsjax.train.pretrain import Pretrain
 
 
 def get_config() -> Pretrain:
-    return variant(sequence_coef=0.01)
+    return variant(sequence_coef=0.0025)

@@ -11,4 +11,4 @@ from dsjax.train.pretrain import Pretrain
 
 
 def get_config() -> Pretrain:
-    return variant(compensation=0.5, balance_coef=0.01)
+    return variant(compensation=0.5, balance_coef=0.0025)

@@ -12,4 +12,4 @@ from dsjax.train.pretrain import Pretrain
 
 
 def get_config() -> Pretrain:
-    return variant(balance_coef=0.01, capacity=DynamicCapacity(window=20))
+    return variant(balance_coef=0.0025, capacity=DynamicCapacity(window=20))

@@ -11,4 +11,4 @@ from dsjax.train.pretrain import Pretrain
 
 
 def get_config() -> Pretrain:
-    return variant(balance_coef=0.01, capacity=1.25)
+    return variant(balance_coef=0.0025, capacity=1.25)

@@ -288,7 +288,7 @@ class Decoder(nnx.Module):
         return hidden_BTD, dataclasses.replace(cache, groups=(*cache.groups[:index], new, *cache.groups[index + 1 :]))
 
     def auxiliary_losses(self, router: dict[str, RouterStats]) -> dict[str, Float[Array, ""]]:
-        """The routers' losses, already weighted, of some groups of experts."""
+        """The routers' losses, already weighted, of some groups of experts: summed over layers, as they stand in L."""
         losses: dict[str, Any] = {}
         experts = self.cfg.experts()
         if MULTI_TOKEN in router:
@@ -296,7 +296,7 @@ class Decoder(nnx.Module):
         for name in router:
             moe = experts[name]
             for loss, weight in moe.loss_weights().items():
-                losses[loss] = losses.get(loss, 0.0) + weight * jnp.mean(router[name].losses[loss])
+                losses[loss] = losses.get(loss, 0.0) + weight * jnp.sum(router[name].losses[loss])
         return losses
 
     def moved_buffers(self, router: dict[str, RouterSums]) -> dict[str, Any]:

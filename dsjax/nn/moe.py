@@ -78,7 +78,8 @@ class MoEConfig:
         num_groups: groups of neighbouring experts, 1 for none; a token chooses among its ``top_groups`` best.
         top_groups: how many those are.
         group_score: a group counts by its best expert (``max``: V2) or by the sum of its two best (``top2``: V3).
-        normalize_weights: a token's weights sum to 1 over its chosen experts.
+        normalize_weights: a token's weights sum to 1 over its chosen experts; of one choice alone the weight is 1 then,
+            from which its router learns nothing.
         routed_scale: factor on the routed experts' output.
         balance_coef: weight of the Switch balance loss.
         sequence_coef: weight of the balance loss within each sequence.
@@ -234,7 +235,7 @@ class MoE(nnx.Module):
 
     def _capacity(self, factor: float, places: int) -> int:
         """Pairs that an expert has room for, of a batch with that many places for tokens."""
-        return capacity_of(factor, places * self.cfg.top_k, self.cfg.num_experts)
+        return capacity_of(factor, places, self.cfg.top_k, self.cfg.num_experts)
 
     def _dropped(self, load_E: Int[Array, " E"], factor: float | None, places: int) -> Int[Array, " E"]:
         """Pairs that find no room, by expert."""

@@ -162,17 +162,17 @@ def router_metrics(sums: RouterSums) -> dict[str, Float[Array, ""]]:
         sign over layers, 0 unless there is an error in this library.
     """
     load_LE, tokens_L = sums.load_E, jnp.maximum(sums.tokens, 1)
-    mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1.0)
-    entropy_L = load_entropy(load_LE)
+    mean_L, entropy_L = jnp.mean(load_LE, axis=-1), load_entropy(load_LE)
+    lost_L = jnp.sum(load_LE - sums.kept_E, axis=-1)
     missing_L = sums.pairs - jnp.sum(sums.kept_E + sums.dropped_E, axis=-1)
     metrics = {
-        "max_over_mean_load": jnp.mean(jnp.max(load_LE, axis=-1) / mean_L),
+        "max_over_mean_load": jnp.mean(jnp.max(load_LE, axis=-1) / jnp.where(mean_L > 0, mean_L, 1)),
         "load_entropy": jnp.mean(entropy_L),
         "min_load_entropy": jnp.min(entropy_L),
         "dead_experts": jnp.mean(load_LE == 0),
         "entropy": jnp.mean(sums.entropy / tokens_L),
-        "drop_rate": jnp.sum(load_LE - sums.kept_E) / jnp.maximum(jnp.sum(load_LE), 1),
-        "unaccounted": jnp.sum(jnp.abs(missing_L)),
+        "drop_rate": _over_layers(lost_L) / jnp.maximum(_over_layers(jnp.sum(load_LE, axis=-1)), 1),
+        "unaccounted": _over_layers(jnp.abs(missing_L)),
     }
     return {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
@@ -180,14 +180,23 @@ def router_metrics(sums: RouterSums) -> dict[str, Float[Array, ""]]:
 def drop_rates(router: Mapping[str, RouterSums]) -> dict[str, Float[Array, ""]]:
     """Share of the pairs that each factor of a dynamic capacity would have dropped, in all layers that have one."""
     dynamic = [sums for sums in router.values() if sums.dropped_at]
-    pairs = sum(jnp.sum(sums.load_E) for sums in dynamic)
+    pairs = sum(_over_layers(jnp.sum(sums.load_E, axis=-1)) for sums in dynamic)
     factors = dynamic[0].dropped_at if dynamic else ()
     return {
-        factor: sum(jnp.sum(sums.dropped_at[factor]) for sums in dynamic) / jnp.maximum(pairs, 1) for factor in factors
+        factor: sum(_over_layers(sums.dropped_at[factor]) for sums in dynamic) / jnp.maximum(pairs, 1)
+        for factor in factors
     }
 
 
-def capacity_of(factor: float, pairs: int, num_experts: int) -> int:
-    """Pairs that one expert has room for: ``factor`` times its even share of all ``pairs`` of a batch, rounded up."""
+def _over_layers(counts_L: Int[Array, " L"]) -> Float[Array, ""]:
+    """Their sum in float32: int32 has room for the pairs of one layer, not for those of all (DeepSeek-V3: 2.9e10)."""
+    return jnp.sum(counts_L, dtype=jnp.float32)
+
+
+def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
+    """Pairs that one expert has room for: ``factor`` times its even share of those of all ``tokens``, rounded up.
+
+    Never more than one of each token, which is all that there can be.
+    """
     # Rounded first: 1.1 * 80 / 8 must not become 12 by the last bit of a product.
-    return max(1, math.ceil(round(factor * pairs / num_experts, 6)))
+    return max(1, math.ceil(min(round(factor * (tokens * top_k) / num_experts, 6), tokens)))

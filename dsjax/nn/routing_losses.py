@@ -37,9 +37,9 @@ class EntropyConstraint:
     token_high: Share = 0.8
     marginal: Literal["loads", "probabilities"] = "loads"
     marginal_low: Share = 0.98
-    rate: PositiveFloat = 0.02
-    damping: NonNegativeFloat = 1.0
-    max_multiplier: PositiveFloat = 1.0
+    rate: PositiveFloat = 0.005
+    damping: NonNegativeFloat = 0.25
+    max_multiplier: PositiveFloat = 0.25
 
     def validate(self) -> None:
         if self.token_low >= self.token_high:

@@ -78,6 +78,7 @@ def environment(topology: Topology) -> dict[str, str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_TRACEBACK_FILTERING": "off",  # else JAX ends an error with a note of its own: see answer_of
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH", "")])]),
     }
     if not topology.chip.torus_dims:

@@ -2,18 +2,14 @@
 
 from pallas_kernels.expert_dispatch.move import combine, dispatch, sum_rows
 from pallas_kernels.expert_dispatch.plan import Plan, plan_dispatch
-from pallas_kernels.expert_dispatch.reference import combine_reference, dispatch_reference, top_k_reference
 from pallas_kernels.expert_dispatch.route import Choice, top_k_route
 
 __all__ = [
     "Choice",
     "Plan",
     "combine",
-    "combine_reference",
     "dispatch",
-    "dispatch_reference",
     "plan_dispatch",
     "sum_rows",
-    "top_k_reference",
     "top_k_route",
 ]

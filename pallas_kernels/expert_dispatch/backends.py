@@ -14,6 +14,7 @@ the reason in a sentence). R in ``row_TX`` means nowhere; what stands there read
         ``y_RD[row_TX[t, x]] . dout_TD[t]``.
 
 No array that they get is empty. The kernels take ``interpret`` beside these: True, or the parameters of a simulator.
+GPUs have no kernel: ``gpu`` has the word alone, and says why of each function.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from pallas_kernels.expert_dispatch import gpu, tpu, xla
+from pallas_kernels.expert_dispatch import gpu, reference, tpu, xla
 from pallas_kernels.platforms import by_platform
 
-Implementation = Literal["xla", "tpu", "gpu"]
+Implementation = Literal["reference", "xla", "tpu", "gpu"]
+_PLAIN: dict[str, ModuleType] = {"reference": reference, "xla": xla}
 _KERNELS: dict[str, tuple[str, ModuleType]] = {"tpu": ("tpu", tpu), "gpu": ("cuda", gpu)}
 # What there is where an array is empty.
 _OF_NOTHING = {
@@ -51,13 +53,12 @@ def run(implementation: Implementation | None, function: str, *arrays: Any, **st
     def of(backend: ModuleType, **more: Any) -> Any:
         return functools.partial(getattr(backend, function), **static, **more)
 
-    if implementation not in (None, "xla", *_KERNELS):
-        names = ", ".join(map(repr, (None, "xla", *_KERNELS)))
-        raise ValueError(f"implementation is {implementation!r}; it is one of {names}")
+    if implementation not in (names := (None, *_PLAIN, *_KERNELS)):
+        raise ValueError(f"implementation is {implementation!r}; it is one of {', '.join(map(repr, names))}")
     if any(0 in a.shape for a in arrays if a is not None):
         return _OF_NOTHING[function](*arrays, **static)
-    if implementation == "xla":
-        return of(xla)(*arrays)
+    if implementation in _PLAIN:
+        return of(_PLAIN[implementation])(*arrays)
     if implementation is not None:
         platform, backend = _KERNELS[implementation]
         if (reason := backend.why_not(function, *arrays, **static)) is not None:

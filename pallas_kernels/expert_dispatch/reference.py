@@ -1,62 +1,58 @@
-"""The specification of dispatch and combine, in numpy loops."""
+"""The specification: plain jnp in float32; experts by one stable sort, and what moves pair by pair."""
 
 from __future__ import annotations
 
-import numpy as np
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.expert_dispatch.plan import positions
 
 
-def dispatch_reference(x_TD: np.ndarray, experts_TX: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of all pairs (token, expert) with 0 <= expert < E, by expert, token, choice; and each expert's count."""
-    pairs = [
-        (expert, token, choice)
-        for token, chosen in enumerate(experts_TX)
-        for choice, expert in enumerate(chosen)
-        if 0 <= expert < num_experts
-    ]
-    rows = [x_TD[token] for _, token, _ in sorted(pairs)]
-    sizes = np.bincount([expert for expert, _, _ in pairs], minlength=num_experts)
-    return np.array(rows).reshape(-1, x_TD.shape[1]), sizes
+def select(
+    choice_TE: Float[Array, "T E"], counted_T: Bool[Array, " T"] | None, *, spec: Any
+) -> tuple[Int[Array, "T X"], Int[Array, "T X"], Int[Array, " E"]]:
+    """See :mod:`pallas_kernels.expert_dispatch.backends`."""
+    T, E = choice_TE.shape
+    best_TGe = jnp.sort(choice_TE.reshape(T, spec.num_groups, -1), axis=-1, descending=True)
+    judged_TG = jnp.sum(best_TGe[..., : 2 if spec.group_score == "top2" else 1], axis=-1)
+    judged_TG = jnp.where(jnp.isnan(judged_TG), -jnp.inf, judged_TG)  # inf - inf
+    kept_TJ = jnp.argsort(judged_TG, axis=-1, descending=True)[:, : spec.top_groups]
+    kept_TE = jnp.any(kept_TJ[..., None] == jnp.arange(E) // (E // spec.num_groups), axis=1)
+    order_TE = jnp.lexsort((-choice_TE, ~kept_TE), axis=-1)  # those of kept groups first, of them the best
+    experts_TX = order_TE[:, : spec.top_k]
+    if counted_T is not None:
+        experts_TX = jnp.where(counted_T[:, None], experts_TX, E)
+    return experts_TX, *positions(experts_TX, E)
 
 
-def combine_reference(y_RD: np.ndarray, weights_TX: np.ndarray, experts_TX: np.ndarray, num_experts: int) -> np.ndarray:
-    """The weighted sum over each token's pairs of their rows."""
-    out = np.zeros((len(weights_TX), y_RD.shape[1]), y_RD.dtype)
-    pairs = [
-        (expert, token, choice)
-        for token, chosen in enumerate(experts_TX)
-        for choice, expert in enumerate(chosen)
-        if 0 <= expert < num_experts
-    ]
-    for row, (_, token, choice) in enumerate(sorted(pairs)):
-        out[token] += weights_TX[token, choice] * y_RD[row]
-    return out
+def gather(
+    x_TD: Float[Array, "T D"], token_R: Int[Array, " R"], weight_R: Float[Array, " R"] | None
+) -> Float[Array, "R D"]:
+    """See :mod:`pallas_kernels.expert_dispatch.backends`."""
+    x_RD = x_TD[token_R].astype(jnp.float32)
+    return (x_RD if weight_R is None else weight_R[:, None] * x_RD).astype(x_TD.dtype)
 
 
-@np.errstate(invalid="ignore", over="ignore")  # of infinities
-def top_k_reference(
-    scores_TE: np.ndarray,
-    top_k: int,
-    *,
-    bias_E: np.ndarray | None = None,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    group_score: str = "max",
-    counted_T: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Experts, scores, positions and counts of :class:`pallas_kernels.expert_dispatch.Choice`, token by token."""
-    T, E = scores_TE.shape
-    experts, scores = np.full((T, top_k), E), np.zeros((T, top_k), scores_TE.dtype)
-    position, counts = np.zeros((T, top_k), int), np.zeros(E, int)
-    for t in range(T):
-        if counted_T is not None and not counted_T[t]:
-            continue
-        choice = scores_TE[t] if bias_E is None else scores_TE[t] + bias_E
-        choice = np.where(np.isnan(choice), -np.inf, choice)
-        groups = np.split(choice, num_groups)
-        judged = np.array([np.sort(g)[::-1][: 2 if group_score == "top2" else 1].sum() for g in groups])
-        kept = np.argsort(-np.where(np.isnan(judged), -np.inf, judged), kind="stable")[:top_groups]
-        allowed = [e for e in range(E) if e // (E // num_groups) in kept]
-        for x, e in enumerate(sorted(allowed, key=lambda e: (-choice[e], e))[:top_k]):
-            experts[t, x], scores[t, x], position[t, x] = e, scores_TE[t, e], counts[e]
-            counts[e] += 1
-    return experts, scores, position, counts
+def gather_sum(
+    y_RD: Float[Array, "R D"], row_TX: Int[Array, "T X"], weights_TX: Float[Array, "T X"] | None
+) -> Float[Array, "T D"]:
+    """See :mod:`pallas_kernels.expert_dispatch.backends`."""
+    y_TXD = _of_pairs(y_RD, row_TX)
+    y_TXD = y_TXD if weights_TX is None else weights_TX[..., None] * y_TXD
+    return functools.reduce(jnp.add, jnp.unstack(y_TXD, axis=1)).astype(y_RD.dtype)
+
+
+def gather_dot(
+    y_RD: Float[Array, "R D"], row_TX: Int[Array, "T X"], dout_TD: Float[Array, "T D"]
+) -> Float[Array, "T X"]:
+    """See :mod:`pallas_kernels.expert_dispatch.backends`."""
+    return jnp.sum(_of_pairs(y_RD, row_TX) * dout_TD[:, None], axis=-1)
+
+
+def _of_pairs(y_RD: jax.Array, row_TX: jax.Array) -> Float[Array, "T X D"]:
+    """The row of each pair in float32; row R is 0."""
+    return jnp.where((row_TX < len(y_RD))[..., None], y_RD[row_TX], 0).astype(jnp.float32)

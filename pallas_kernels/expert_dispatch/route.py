@@ -66,20 +66,32 @@ def top_k_route(
         num_groups, top_groups, group_score: see :class:`TopK`.
         counted_T: tokens that choose at all; None: all of them.
         implementation: None: the best one for the platform that the program is compiled for. A named one runs or
-            raises; away from its own platform a kernel is interpreted.
+            raises; away from its own platform a kernel is interpreted. For GPUs there is none:
+            ``gpu`` raises, and says why.
 
     Raises:
-        ValueError: sizes out of range, or a kernel that can not do what is asked.
+        ValueError: sizes out of range, shapes that do not go together, or a kernel that can not do what is asked.
     """
-    E = scores_TE.shape[1]
-    if E % num_groups or not 1 <= top_groups <= num_groups:
-        raise ValueError(f"num_groups is {num_groups} and top_groups {top_groups}; the first must divide {E} experts")
-    if not 1 <= top_k <= top_groups * (E // num_groups):
-        raise ValueError(
-            f"top_k is {top_k}; it is between 1 and the {top_groups * (E // num_groups)} experts of the chosen groups"
-        )
     spec = TopK(top_k, num_groups, top_groups, group_score)
+    _check(scores_TE, bias_E, counted_T, spec)
     return _route(scores_TE, bias_E, counted_T, spec, implementation)
+
+
+def _check(scores_TE: jax.Array, bias_E: jax.Array | None, counted_T: jax.Array | None, spec: TopK) -> None:
+    if scores_TE.ndim != 2:
+        raise ValueError(f"scores are {scores_TE.shape}; they are (T, E)")
+    (T, E), G, kept = scores_TE.shape, spec.num_groups, spec.top_groups
+    for name, a, expected in (("bias", bias_E, (E,)), ("counted", counted_T, (T,))):
+        if a is not None and a.shape != expected:
+            raise ValueError(f"{name} is {a.shape}; with scores {scores_TE.shape} it is {expected}")
+    if G < 1 or E % G or not 1 <= kept <= G:
+        raise ValueError(f"num_groups is {G} and top_groups {kept}; the first must divide {E} experts")
+    if spec.group_score not in ("max", "top2"):
+        raise ValueError(f"group_score is {spec.group_score!r}; it is one of 'max', 'top2'")
+    if not 1 <= spec.top_k <= kept * (E // G):
+        raise ValueError(
+            f"top_k is {spec.top_k}; it is between 1 and the {kept * (E // G)} experts of the chosen groups"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -23,6 +23,7 @@ The kernels take ``interpret`` beside these: True, or the parameters of a simula
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -42,10 +43,10 @@ _KERNELS: dict[str, tuple[str, ModuleType]] = {"tpu": ("tpu", tpu), "gpu": ("cud
 def grouped_matmul(
     rows_RD: Float[Array, "R D"],
     w_EDF: Num[Array, "*layers E D F"],
-    group_sizes_E: Int[Array, " E"],
+    group_sizes_E: Int[Array, " E"] | Sequence[int],
     *,
     scales_EF: Float[Array, "*layers E F"] | None = None,
-    layer: Int[Array, ""] | None = None,
+    layer: Int[Array, ""] | int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "R F"]:
     """Each row times its group's matrix; rows of no group give 0.
@@ -63,20 +64,25 @@ def grouped_matmul(
     Raises:
         ValueError: shapes or dtypes that do not go together, or a kernel that can not do what is asked.
     """
-    _check(rows_RD, (w_EDF,), group_sizes_E, layer, "w_EDF is (E, D, F)", ((1, rows_RD.shape[-1]),))
+    sizes_E, layer = _whole("group sizes", group_sizes_E), _whole("layer", layer)
+    _check(rows_RD, (w_EDF,), sizes_E, layer, "w_EDF is (E, D, F)", ((1, rows_RD.shape[-1]),))
     if (scales_EF is None) == (w_EDF.dtype == jnp.int8) or w_EDF.dtype not in (rows_RD.dtype, jnp.int8):
         raise ValueError(
             f"w is {w_EDF.dtype} and scales are {'given' if scales_EF is not None else 'not given'}; w is "
             f"{rows_RD.dtype} as the rows, or int8 with scales"
+        )
+    if scales_EF is not None and scales_EF.shape != (needed := (*w_EDF.shape[:-2], w_EDF.shape[-1])):
+        raise ValueError(
+            f"shapes do not go together: scales are {scales_EF.shape}; of w {w_EDF.shape} they are {needed}"
         )
     w_GDF, first = _stack(w_EDF, layer)
     if implementation == "reference":
         if scales_EF is not None:
             w_EDF = (w_EDF * scales_EF[..., None, :]).astype(rows_RD.dtype)
         w_EDF = w_EDF if layer is None else w_EDF[layer]
-        return grouped_matmul_reference(rows_RD, w_EDF, group_sizes_E)
+        return grouped_matmul_reference(rows_RD, w_EDF, sizes_E)
     scales_GF = None if scales_EF is None else scales_EF.reshape(-1, scales_EF.shape[-1])
-    return _matmul(rows_RD, w_GDF, scales_GF, group_sizes_E.astype(jnp.int32), first, implementation)
+    return _matmul(rows_RD, w_GDF, scales_GF, sizes_E, first, implementation)
 
 
 def grouped_swiglu(
@@ -84,9 +90,9 @@ def grouped_swiglu(
     w_gate_EDF: Float[Array, "*layers E D F"],
     w_up_EDF: Float[Array, "*layers E D F"],
     w_down_EFD: Float[Array, "*layers E F D"],
-    sizes_E: Int[Array, " E"],
+    sizes_E: Int[Array, " E"] | Sequence[int],
     *,
-    layer: Int[Array, ""] | None = None,
+    layer: Int[Array, ""] | int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "R D"]:
     """``(silu(x w_gate) * (x w_up)) w_down`` of each row with its group's weights; rows of no group give 0.
@@ -103,7 +109,7 @@ def expert_swiglu(
     w_down_EFD: Float[Array, "*layers E F D"],
     plan: Plan,
     *,
-    layer: Int[Array, ""] | None = None,
+    layer: Int[Array, ""] | int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "R D"]:
     """:func:`grouped_swiglu` of ``dispatch(x_TD, plan)``: where a kernel can, it gathers the rows by itself.
@@ -114,6 +120,7 @@ def expert_swiglu(
 
 
 def _swiglu_of(x, weights, sizes_E, plan, layer, implementation):
+    sizes_E, layer = _whole("group sizes", sizes_E), _whole("layer", layer)
     D, F = x.shape[-1], weights[0].shape[-1]
     _check(x, weights, sizes_E, layer, "weights are (E, D, F), (E, D, F), (E, F, D)", ((D, F), (D, F), (F, D)))
     if any(w.dtype != x.dtype for w in weights):
@@ -122,15 +129,25 @@ def _swiglu_of(x, weights, sizes_E, plan, layer, implementation):
         )
     if implementation == "reference":
         w_gate, w_up, w_down = weights if layer is None else (w[layer] for w in weights)
-        return grouped_swiglu_reference(x if plan is None else dispatch(x, plan), w_gate, w_up, w_down, sizes_E)
+        rows_RD = x if plan is None else dispatch(x, plan, implementation="reference")
+        return grouped_swiglu_reference(rows_RD, w_gate, w_up, w_down, sizes_E)
     stacks = [_stack(w, layer) for w in weights]
     first = stacks[0][1]
-    return _swiglu(x, *(w for w, _ in stacks), sizes_E.astype(jnp.int32), plan, first, implementation)
+    return _swiglu(x, *(w for w, _ in stacks), sizes_E, plan, first, implementation)
+
+
+def _whole(name: str, x: Any) -> Any:
+    """Whole numbers as int32, or None."""
+    if x is None:
+        return None
+    if not jnp.issubdtype((x := jnp.asarray(x)).dtype, jnp.integer):
+        raise ValueError(f"{name}: the dtype is {x.dtype}; it must be one of integers")
+    return x.astype(jnp.int32)
 
 
 def _check(x, weights, sizes_E, layer, expected: str, shapes) -> None:
     stack = 0 if layer is None else 1
-    good = x.ndim == 2 and sizes_E.ndim == 1 and all(w.ndim == 3 + stack for w in weights)
+    good = x.ndim == 2 and sizes_E.ndim == 1 and sizes_E.size > 0 and all(w.ndim == 3 + stack for w in weights)
     good = good and all(w.shape[stack] == len(sizes_E) and w.shape[:stack] == weights[0].shape[:stack] for w in weights)
     if good and len(weights) == 1:
         good = weights[0].shape[-2] == x.shape[1]
@@ -140,15 +157,15 @@ def _check(x, weights, sizes_E, layer, expected: str, shapes) -> None:
         found = ", ".join(str(a.shape) for a in (x, *weights, sizes_E))
         raise ValueError(
             f"shapes do not go together: rows, weights and sizes are {found}; rows are (R, D), {expected}"
-            f"{', behind one dimension of layers' if stack else ''}, sizes (E,)"
+            f"{', behind one dimension of layers' if stack else ''}, sizes (E,), of at least one group"
         )
 
 
-def _stack(w: jax.Array, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _stack(w: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
     """All matrices in one dimension, and the number of group 0's."""
     if layer is None:
         return w, jnp.int32(0)
-    return w.reshape(-1, *w.shape[2:]), layer.astype(jnp.int32) * w.shape[1]
+    return w.reshape(-1, *w.shape[2:]), layer * w.shape[1]
 
 
 def _in_stack(dw_E: jax.Array, num: int, first: Any) -> jax.Array:
