@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import DENSE, graph, logits, weights
 
-from dsjax.config import UserError
+from dsjax.config import UserError, to_dict
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.evals.needle import KINDS, Kind, NeedleConfig, needle_rows
-from dsjax.evals.needle_text import Needle, ask, evaluate_needle, hide, make_needle
+from dsjax.evals.needle_text import DEPTHS, Needle, ask, evaluate_needle, hide, make_needle
+from dsjax.nn.structure import StructureConfig
 from dsjax.runs import LoadedModel
 from dsjax.train.pretrain import run as train
 
@@ -116,7 +117,14 @@ def test_facts_are_hidden_between_lines(kind: Kind, seed: int, length: int) -> N
     assert plain.startswith(hay.removesuffix(whole))  # the same text, a little more of it
     assert all(line.startswith("line ") for line in hay.removesuffix(whole).split("\n")[:-1])
     assert LETTERS.decode(sample.with_facts[-sample.num_answer :]) == needle.answer
-    assert text.index(min(needle.facts, key=text.index)) == pytest.approx(sample.depth * length, abs=length)
+    first = min(text.index("\n" + fact) for fact in needle.facts)
+    assert len(LETTERS.encode(text[:first])) == pytest.approx(sample.depth * length)
+
+
+def test_facts_lie_anywhere_in_rows_far_longer_than_the_text() -> None:
+    rng = np.random.default_rng(0)
+    depths = [hide(make_needle("one", rng), TEXT, LETTERS, 2000, rng).depth for _ in range(100)]
+    assert {int(depth * DEPTHS) for depth in depths} == set(range(DEPTHS))
 
 
 def test_a_token_across_question_and_answer_is_answered() -> None:
@@ -144,6 +152,14 @@ def test_a_run_is_asked(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[st
     for kind in report["kinds"].values():
         assert 0 <= kind["interval"][0] <= kind["right"] <= kind["interval"][1] <= 1
     assert "| hops |" in capsys.readouterr().out
+
+
+def test_a_model_with_structure_is_not_asked(tmp_path: pathlib.Path) -> None:
+    config = small_runs.small()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, structure=StructureConfig()))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    with pytest.raises(UserError, match=r"has model\.structure; --task needle asks only models that are told no str"):
+        evaluate_needle(tmp_path, quiet=True)
 
 
 def test_answers_are_judged_by_the_model_alone() -> None:

@@ -289,6 +289,19 @@ def test_as_many_top_segments_as_there_are_is_all(implementation: str) -> None:
     assert np.abs(out(2) - out(None)).max() > 1e-2
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_where_top_segments_are_all_they_are_seen_whatever_the_documents(implementation: str) -> None:
+    """Padding inside a document, or an id that comes back, is at the end of a tail."""
+    documents = (((1, 7), (0, 1), (1, 12)), ((1, 6), (2, 2), (1, 12)))
+    check(Case(T=20, segment_size=4, top_segments=9, documents=documents, B=2), implementation)
+
+
+@pytest.mark.parametrize("shift", [0, -1])
+@pytest.mark.parametrize("implementation", [None, "reference", "xla", "tpu"])
+def test_a_segment_may_be_far_longer_than_the_row(implementation: str | None, shift: int) -> None:
+    check(Case(T=9, segment_size=2**31 - 1, shift=shift), implementation)
+
+
 @pytest.mark.parametrize("changes", [{"B": 0}, {"T": 0}, {"G": 0}, {"U": 0}, {"B": 0, "top_segments": 0}], ids=str)
 @pytest.mark.parametrize("implementation", [None, "reference", "xla", "tpu", "gpu"])
 def test_of_nothing_comes_nothing(implementation: str | None, changes: dict) -> None:
@@ -326,6 +339,14 @@ def segmentations(draw: st.DrawFn, top: bool = False) -> Segments:
 @given(segmentations() | segmentations(top=True), st.integers(1, 60))
 def test_visible_pairs_are_those_of_the_mask(segments: Segments, length: int) -> None:
     assert segments.visible_pairs(length) == mask(length, segments).sum()
+
+
+@few(max_examples=60)
+@given(segmentations() | segmentations(top=True), st.integers(1, 30), st.integers(0, 9))
+def test_segments_within_a_length_mean_the_same(segments: Segments, length: int, more: int) -> None:
+    within = segments.within(length + more)
+    assert within.size <= length + more
+    assert (mask(length, within) == mask(length, segments)).all()
 
 
 @few(max_examples=40)
@@ -438,11 +459,20 @@ def test_shapes_that_do_not_go_together_are_said(implementation: str | None, wro
         plain(*arrays, segment_size=8, documents=documents, implementation=implementation)
 
 
-def test_documents_that_are_not_whole_numbers_are_said() -> None:
-    q, k, v, _ = Case(T=20, segment_size=8).inputs()
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("q_BTNH", jnp.ones((1, 20, 1, 8), jnp.int32), "q is int32; it must be floating point"),
+        ("v_BTKU", jnp.ones((1, 20, 1, 8), bool), "v is bool; it must be floating point"),
+        ("documents", jnp.ones((1, 20)), "documents are float32; they must be whole numbers"),
+        ("documents", [[1] * 20], "documents is a list; it must be an array"),
+    ],
+)
+def test_what_is_no_array_of_the_right_kind_is_said(name: str, wrong: object, said: str) -> None:
+    arrays = zip(("q_BTNH", "k_BTKH", "v_BTKU"), Case(T=20, segment_size=8).inputs(), strict=False)
     plain = getattr(segmented_attention, "__wrapped__", segmented_attention)  # as above
-    with pytest.raises(ValueError, match="documents are float32; they must be whole numbers"):
-        plain(q, k, v, segment_size=8, documents=jnp.ones((1, 20)))
+    with pytest.raises(ValueError, match=said):
+        plain(**{**dict(arrays), name: wrong}, segment_size=8)
 
 
 def test_heads_that_do_not_divide_are_said() -> None:

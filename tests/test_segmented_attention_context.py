@@ -20,6 +20,8 @@ def inputs(documents: str) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(B, T, n, h)), jnp.float32) for n, h in ((N, H), (K, H), (K, U))]
     ids = np.ones((B, T), np.int32)
+    if documents == "coming back":
+        ids[:, 7::16], ids[1, 9:40] = 0, 2  # the ends of tails are padding
     if documents == "several":
         ids = np.cumsum(rng.random((B, T)) < 0.05, axis=1) + 1
         ids[0, -37:], ids[1, :11] = 0, 0  # padding over whole devices
@@ -65,6 +67,13 @@ def test_eight_devices_equal_one(segments: Segments, num_devices: int, documents
         np.testing.assert_allclose(g, w, atol=2e-5)
 
 
+def test_where_top_segments_are_all_they_are_seen_whatever_the_documents() -> None:
+    arrays, ids, _ = inputs("coming back")
+    got = jax.jit(across(Segments(16, 8, 8, top=6), 2))(*arrays, ids)
+    want = segmented_attention_reference(*arrays, ids, Segments(16, 8, 8), scale=0.3)
+    np.testing.assert_allclose(got, want, atol=2e-5)  # as above
+
+
 @pytest.mark.parametrize(("window", "shift"), [(8, 0), (8, 8), (4, 4)])
 def test_what_travels_is_tails(window: int, shift: int) -> None:
     """Of the keys and values that ring attention sends, w / W, and the start of one segment."""
@@ -93,3 +102,21 @@ def test_a_part_of_a_segment_is_refused() -> None:
     arrays, ids, _ = inputs("one")
     with pytest.raises(ValueError, match=r"a device has 16 positions; segment_size, 12, must divide them"):
         across(Segments(12, 6))(*arrays, ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"implementation": "reference"}, "implementation is 'reference'; it is None, 'xla', 'tpu' or 'gpu'"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'; it is None, 'xla', 'tpu' or 'gpu'"),
+        ({"q_BtNH": jnp.ones((B, 16, 1, H))}, "q has 1 heads, k and v 2"),
+        ({"documents": [[1] * 16] * B}, "documents is a list; it must be an array"),
+    ],
+    ids=["reference", "cuda", "heads", "documents"],
+)
+def test_mistakes_are_said_as_by_the_call_over_whole_rows(changes: dict, said: str) -> None:
+    q, k, v = (x[:, :16] for x in inputs("one")[0])
+    # Without the run-time types of the tests, which would refuse an unknown implementation in their own words.
+    plain = getattr(context_parallel_attention, "__wrapped__", context_parallel_attention)
+    with pytest.raises(ValueError, match=said):
+        plain(**{"q_BtNH": q, "k_BtKH": k, "v_BtKU": v, "axis": "context", "segments": Segments(8, 4), **changes})

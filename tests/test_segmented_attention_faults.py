@@ -95,8 +95,8 @@ CHOSEN = (
     Fault(
         "one segment too few counts as all",
         "attend.py",
-        "segments.top + 2 >= segments.count(T) - 1",
-        "segments.top + 3 >= segments.count(T) - 1",
+        "segments.top + 2 >= segments.count(length) - 1",
+        "segments.top + 3 >= segments.count(length) - 1",
         "top 1 of four",
     ),
     Fault(

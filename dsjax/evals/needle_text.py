@@ -7,8 +7,8 @@ A fact is a line of code, put between two lines of what the model was never trai
     hops   `amber_key = birch_key`, `birch_key = 4821`    asked: `assert amber_key == `            [birch_key == 4821]
 
 Answers are judged as the likeliest tokens (what greedy generation writes), and by the bits that the facts save: those
-of the answer where the facts are missing, less those where they are there. For the task that models are trained on,
-see :mod:`dsjax.evals.needle`.
+of the answer where the facts are missing, less those where they are there. Models with ``structure`` are not asked.
+For the task that models are trained on, see :mod:`dsjax.evals.needle`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Sample:
 
 
 def hide(needle: Needle, lines: Sequence[np.ndarray], tokenizer: Tokenizer, length: int, rng: Any) -> Sample:
-    """Puts a needle into ``length`` + 1 tokens cut from ``lines`` (ids of lines of text, in their order).
+    """Puts a needle into ``length`` + 1 tokens of ``lines`` (ids of lines of text, in their order and over again).
 
     Raises:
         UserError: it does not fit.
@@ -96,9 +96,10 @@ def hide(needle: Needle, lines: Sequence[np.ndarray], tokenizer: Tokenizer, leng
     if room < 0:
         raise UserError(f"--length is {length}; facts and question alone take {length - room} tokens")
     first = int(rng.integers(len(lines)))
-    text = np.concatenate([*lines[first:], *lines[:first]])
-    text = np.tile(text, 1 + (room + extra) // len(text))
-    bounds = [0, *np.cumsum([len(line) for line in [*lines[first:], *lines[:first]]]).tolist()]
+    once = [*lines[first:], *lines[:first]]
+    enough = once * (1 + (room + extra) // sum(map(len, once)))
+    text = np.concatenate(enough)
+    bounds = [0, *np.cumsum([len(line) for line in enough]).tolist()]
     cuts = sorted(rng.choice([at for at in bounds if at <= room], len(facts)).tolist())
     parts = np.split(text[:room], cuts)
     order = rng.permutation(len(facts))
@@ -138,10 +139,13 @@ def evaluate_needle(
         quiet: no progress.
 
     Raises:
-        UserError: no run, no checkpoint, or rows too short for a question.
+        UserError: no run, no checkpoint, a model with ``structure``, or rows too short for a question.
     """
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-    model = load_model(RunFolder(folder))
+    run = RunFolder(folder)
+    if run.read_config().model.structure is not None:
+        raise UserError(f"{folder} has model.structure; --task needle asks only models that are told no structure")
+    model = load_model(run)
     length = length or model.config.data.seq_len
     corpus = prepare(model.config.data, cache_dir() / "data", progress=say)
     lines = text_lines(corpus.held_out, model.tokenizer)

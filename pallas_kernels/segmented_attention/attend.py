@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import operator
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,8 @@ from pallas_kernels.segmented_attention.reference import segmented_attention_ref
 from pallas_kernels.segmented_attention.segments import Segments
 from pallas_kernels.segmented_attention.selection import tails
 
-Implementation = Literal["reference", "xla", "tpu", "gpu"]
+Backend = Literal["xla", "tpu", "gpu"]
+Implementation = Literal["reference", Backend]
 
 
 def segmented_attention(
@@ -71,22 +72,20 @@ def segmented_attention(
             raises; away from its own platform a kernel is interpreted.
 
     Raises:
-        ValueError: sizes out of range, shapes that do not go together, or a kernel that can not do what is asked.
+        ValueError: sizes out of range, arrays that do not go together, or a kernel that can not do what is asked.
     """
-    B, T, N, H, U = _sizes(q_BTNH, k_BTKH, v_BTKU, documents)
+    B, T, N, H, U = sizes(q_BTNH, k_BTKH, v_BTKU, documents)
     W, window = operator.index(segment_size), operator.index(segment_size // 2 if window is None else window)
     top = None if top_segments is None else operator.index(top_segments)
     segments = Segments(W, window, operator.index(shift) % max(W, 1), top)
     scale = H**-0.5 if scale is None else float(scale)
-    if implementation not in (None, "reference", "xla", "tpu", "gpu"):
-        raise ValueError(f"implementation is {implementation!r}; it is None, 'reference', 'xla', 'tpu' or 'gpu'")
+    check_name(implementation, get_args(Implementation))
     if 0 in (B, T, N, U):
         return jnp.zeros((B, T, N, U), q_BTNH.dtype)
+    segments = without_choice(segments, T).within(-(-T // gpu.TILE) * gpu.TILE)  # the GPU's take whole tiles
     if implementation == "reference":
         ids_BT = jnp.ones((B, T), jnp.int32) if documents is None else documents
         return segmented_attention_reference(q_BTNH, k_BTKH, v_BTKU, ids_BT, segments, scale)
-    if segments.top is not None and (window == 0 or segments.top + 2 >= segments.count(T) - 1):
-        segments = dataclasses.replace(segments, top=None)  # that is all of them
     if segments.top is None:
         return attend(q_BTNH, k_BTKH, v_BTKU, documents, None, segments, scale, implementation)
     documents = jnp.ones((B, T), jnp.int32) if documents is None else documents
@@ -95,9 +94,29 @@ def segmented_attention(
     return attend(q_BTNH, k_BTKH, v_BTKU, documents, behind, segments, scale, implementation)
 
 
-def _sizes(q_BTNH: Array, k_BTKH: Array, v_BTKU: Array, documents: Array | None) -> tuple[int, int, int, int, int]:
+def check_name(implementation: str | None, names: tuple[str, ...]) -> None:
+    """ValueError if it is neither None nor one of the names."""
+    if implementation not in (None, *names):
+        known = ", ".join(map(repr, names[:-1]))
+        raise ValueError(f"implementation is {implementation!r}; it is None, {known} or {names[-1]!r}")
+
+
+def without_choice(segments: Segments, length: int) -> Segments:
+    """No ``top`` where it is all segments that ``length`` positions have; they are seen whatever the documents."""
+    if segments.top is not None and (segments.window == 0 or segments.top + 2 >= segments.count(length) - 1):
+        return dataclasses.replace(segments, top=None)
+    return segments
+
+
+def sizes(q_BTNH: Any, k_BTKH: Any, v_BTKU: Any, documents: Any) -> tuple[int, int, int, int, int]:
     """B, T, N, H and U of arrays that go together; else ValueError."""
-    shapes = [x.shape for x in (q_BTNH, k_BTKH, v_BTKU)] + ([] if documents is None else [documents.shape])
+    given = {"q": q_BTNH, "k": k_BTKH, "v": v_BTKU} | ({} if documents is None else {"documents": documents})
+    for name, x in given.items():
+        if not hasattr(x, "dtype"):
+            raise ValueError(f"{name} is a {type(x).__name__}; it must be an array")
+        if name != "documents" and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} is {x.dtype}; it must be floating point, as bfloat16 or float32")
+    shapes = [x.shape for x in given.values()]
     if [len(shape) for shape in shapes] != [4, 4, 4, 2][: len(shapes)]:
         raise ValueError(f"q, k and v have 4 dimensions, documents 2; their shapes are {', '.join(map(str, shapes))}")
     (B, T, N, H), K, U = shapes[0], shapes[1][2], shapes[2][3]
@@ -119,7 +138,7 @@ def attend(
     tails: Tails | None,
     segments: Segments,
     scale: float,
-    implementation: Implementation | None,
+    implementation: Backend | None,
 ) -> Float[Array, "B T N U"]:
     """Rows, and what they see through gathered tails: the chosen ones with ``top``, else those before the row."""
     return _forward(q_BTNH, k_BTKH, v_BTKU, ids_BT, tails, segments, scale, implementation)[0]
@@ -178,7 +197,7 @@ def _backward(segments, scale, implementation, saved, dout_BTNU):
 attend.defvjp(_forward, _backward)
 
 
-def _run(implementation: Implementation | None, function: str, *arrays: Any, **static: Any) -> Any:
+def _run(implementation: Backend | None, function: str, *arrays: Any, **static: Any) -> Any:
     """``function`` of the backend that is asked for, or of the best one for the platform that is compiled for."""
 
     def of(backend: ModuleType, **more: Any) -> Any:

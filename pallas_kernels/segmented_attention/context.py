@@ -9,13 +9,14 @@ the same ways.
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.cost import useful_flops
-from pallas_kernels.segmented_attention.attend import Implementation, attend
+from pallas_kernels.segmented_attention.attend import Backend, attend, check_name, sizes, without_choice
 from pallas_kernels.segmented_attention.far import Tails, pairs_before
 from pallas_kernels.segmented_attention.segments import Segments
 from pallas_kernels.segmented_attention.selection import tails
@@ -30,7 +31,7 @@ def context_parallel_attention(
     segments: Segments,
     documents: Int[Array, "B t"] | None = None,
     scale: float | None = None,
-    implementation: Implementation | None = None,
+    implementation: Backend | None = None,
 ) -> Float[Array, "B t N U"]:
     """:func:`segmented_attention` over rows cut along a mesh axis; for `jax.shard_map` with `check_vma=False`.
 
@@ -40,17 +41,19 @@ def context_parallel_attention(
         segments: how the whole row is cut.
         documents: of this device's positions.
         scale: of the scores; None: 1 / sqrt(H).
-        implementation: see :func:`segmented_attention`.
+        implementation: see :func:`segmented_attention`; there is no reference over devices.
 
     Raises:
-        ValueError: a device's part is no whole number of segments.
+        ValueError: a device's part is no whole number of segments, or as :func:`segmented_attention`.
     """
-    t = q_BtNH.shape[1]
+    _, t, _, H, _ = sizes(q_BtNH, k_BtKH, v_BtKU, documents)
+    check_name(implementation, get_args(Backend))
     if t % segments.size:
         raise ValueError(f"a device has {t} positions; segment_size, {segments.size}, must divide them")
     ids_Bt = jnp.ones(q_BtNH.shape[:2], jnp.int32) if documents is None else documents
-    scale = q_BtNH.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = H**-0.5 if scale is None else float(scale)
     num_devices, shift, per_device = jax.lax.axis_size(axis), segments.shift, t // segments.size
+    segments = without_choice(segments, num_devices * t)
 
     def with_start(x_Bt: Array) -> Array:
         """With the positions on the device before that the first segment begins with; in front of a row, zeros."""
@@ -61,9 +64,8 @@ def context_parallel_attention(
         k_BtKH, v_BtKU, ids_Bt = (with_start(x) for x in (k_BtKH, v_BtKU, ids_Bt))
         q_BtNH = jnp.pad(q_BtNH, ((0, 0), (shift, 0), (0, 0), (0, 0)))  # what comes of these is another device's
     local = dataclasses.replace(segments, shift=0)
-    if segments.window == 0:
-        behind, local = None, dataclasses.replace(local, top=None)
-    else:
+    behind = None
+    if segments.window:
         closed = (tails(x, local)[:, :per_device] for x in (k_BtKH, v_BtKU, ids_Bt))
         k_BJwKH, v_BJwKU, ids_BJw = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in closed)
         behind = Tails(k_BJwKH, v_BJwKU, ids_BJw, before=jax.lax.axis_index(axis) * per_device)

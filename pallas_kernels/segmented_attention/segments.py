@@ -48,6 +48,12 @@ class Segments:
         """Segments that a sequence has, the last one perhaps open."""
         return -(-(length + self.shift) // self.size)
 
+    def within(self, length: int) -> Segments:
+        """What means the same for up to ``length`` positions, by segments and tails no longer than that."""
+        size = min(self.size, length)
+        first = min(self.size - self.shift, size)  # positions of the first segment
+        return Segments(size, min(self.window, size), size - first, self.top)
+
     def visible_pairs(self, length: int) -> int:
         """(query, key) pairs of one document of ``length`` positions; with ``top``, at most that many."""
         pairs, start, behind = 0, 0, 0
