@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import re
 import shutil
 import signal
+import types
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,14 @@ from small_runs import Child, home, saved, state_hash, state_hash_or_none, train
 
 from dsjax.config import UserError, load_config, validate
 from dsjax.rl.arms import Arm
-from dsjax.rl.exercises.config import families_of
+from dsjax.rl.curriculum import Choice
+from dsjax.rl.exercises.config import ExercisesConfig, families_of
+from dsjax.rl.exercises.exercise import exercise_of
 from dsjax.sharding import MeshConfig
-from dsjax.train.r1 import check, run
-from dsjax.train.r1_report import named_levels
+from dsjax.train.practice import Practice
+from dsjax.train.r1 import byte_tokenizer, check, run
+from dsjax.train.r1_report import named_levels, plot_solved, report_of
+from dsjax.train.writing import check_course, prompts_that_fit
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -60,6 +66,20 @@ def test_a_run_is_three_and_a_report(tmp_path: pathlib.Path, capsys: pytest.Capt
     # Once more there is nothing to train, and the same report.
     assert run(config, tmp_path / "run", quiet=True) == 0
     assert json.loads((tmp_path / "run" / "report.json").read_text())["families"] == report["families"]
+
+
+def test_a_report_of_levels_that_nothing_is_known_of_is_written_all_the_same(tmp_path: pathlib.Path) -> None:
+    known = {"pass@1": {"value": 0.5, "low": 0.4, "high": 0.6}, "greedy": 0.5, "exercises": 8}
+    tables: Any = {
+        "before": {"reverse": {1: known, 2: {"exercises": 8}}},
+        "after": {"reverse": {1: {"exercises": 8}, 2: known}},
+        "sft_control": {"reverse": {1: {"exercises": 8}, 2: {"exercises": 8}}},
+    }
+    found = json.loads(json.dumps(report_of(r1(), {"reverse": 1}, tables), allow_nan=False))
+    assert found["families"]["reverse"] == {"before": 0.5, "after": None, "sft_control": None}
+    assert found["mean"] == {"before": 0.5, "after": 0.5, "sft_control": None}
+    plot_solved(found, tmp_path / "solved.png")
+    assert (tmp_path / "solved.png").stat().st_size > 5000
 
 
 def records(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -180,6 +200,11 @@ def test_other_meshes_give_the_same(variant: str, mesh: dict[str, int], tmp_path
         ({"warm_start": {"steps": 0}}, "warm_start.steps is 0 and train.start_from is empty"),
         ({"rollout": {"one_step_off": True}}, "more_rounds is 1; with one_step_off it must be 0"),
         ({"rollout": {"temperature": 0.5}}, "temperature is 0.5; with another than 1 rescore must be true"),
+        ({"rollout": {"samples": 1}}, "rollout.samples is 1; dapo compares the texts of an exercise"),
+        (
+            {"rollout": {"temperature": 0.5, "rescore": True, "correction_limit": 2.0}},
+            "temperature is 0.5; with another than 1 correction_limit must be 0",
+        ),
         ({"rollout": {"overlong": 7}}, "overlong is 7; it must be at most max_tokens, 6"),
     ],
 )
@@ -187,6 +212,49 @@ def test_what_can_not_be_is_said_in_a_sentence(overrides: dict[str, Any], senten
     with pytest.raises(UserError) as error:
         validate(r1(**overrides))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_tests_runs_could_be_a_users(variant: str) -> None:
+    validate(r1(variant))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"data": {"seq_len": 9}}, r"data\.seq_len is 9; there is a prompt of reverse 1 with \d+ tokens"),
+        ({"report": {"prompts": 10**5}}, r"report\.prompts is 100000; reverse has \d+ different exercises of level 1"),
+        (
+            {"report": {"validation": 10**5}, "train": {"eval_every": 1}},
+            r"report\.validation is 100000; reverse has \d+ different exercises of level 1",
+        ),
+    ],
+)
+def test_what_can_be_known_is_told_before_anything_is_learned(
+    overrides: dict[str, Any], sentence: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run(r1(**overrides), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_too_long_are_passed_over(tmp_path: pathlib.Path) -> None:
+    lines = [{"question": f"{'a' * (n % 40)} {n}", "answer": f"#### {n}"} for n in range(64)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (family,) = families_of(ExercisesConfig(families=(), files=(str(path),))).values()
+    tokenizer, cfg, said = byte_tokenizer(), r1().rollout, list[str]()
+    check_course([family], tokenizer, cfg, 32, said.append)
+    assert re.fullmatch(r"\d+ of \d+ prompts of file/sums 1 leave no room for a text: left out", said[0])
+    with pytest.raises(UserError, match=r"data\.seq_len is 8; with a rollout\.max_tokens of 6 it has no room for any"):
+        check_course([family], tokenizer, cfg, 8, said.append)
+    course = types.SimpleNamespace(exercise=lambda choice: exercise_of(family, 1, "training", choice.number))
+    practice = Practice(r1(), course, None, None, None, tokenizer, None, None, None)  # type: ignore[arg-type]
+    for number in range(64):
+        choice = practice._fitting(Choice(Arm("file/sums", 1), number))
+        assert prompts_that_fit([course.exercise(choice)], tokenizer, cfg, 32) == [True]
+        if prompts_that_fit([course.exercise(Choice(Arm("file/sums", 1), number))], tokenizer, cfg, 32) == [True]:
+            assert choice.number == number
 
 
 def test_a_changed_run_is_not_gone_on_with(tmp_path: pathlib.Path) -> None:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from benchmarks import rewards as benchmark
 from dsjax import hosts
 from dsjax.config import UserError, apply_overrides, validate
-from dsjax.rl.answers import boxed, normalised, reaches, whole_number
+from dsjax.rl.answers import boxed, normalised, reaches, unmarked, whole_number
 from dsjax.rl.exercises import AnswerForm, Exercise, ExercisesConfig, Family, FamilyConfig, draw, families_of
-from dsjax.rl.rewards import RewardConfig, Rewards, Verdict, at_once, shortness
+from dsjax.rl.rewards import RewardConfig, Rewards, Verdict, answer_of, at_once, shortness
 
 THINK = AnswerForm(template="think")
 ALL = RewardConfig(correct=1.0, partial=0.5, format=0.25, work=0.125, length=0.0625, length_from=2, length_to=6)
@@ -244,6 +244,12 @@ def test_whole_numbers(text: str, number: int | None) -> None:
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
         ("\\boxed 5", "5"),
         ("\\boxed  {7}", "7"),
+        ("$\\boxed\\frac{1}{2}$ so", "\\frac{1}{2}"),
+        ("\\boxed-5, then", "-5"),
+        ("\\boxed 1,200.5$", "1,200.5"),
+        ("\\boxed x^2", "x"),
+        ("\\fbox{3} and \\fbox{5}", "5"),
+        ("\\fbox{3} \\boxed{4}", "4"),
         ("\\boxed{", None),
         ("\\boxed{1} \\boxed{2", None),
         ("\\boxed{}", None),
@@ -254,6 +260,37 @@ def test_whole_numbers(text: str, number: int | None) -> None:
 )
 def test_boxes(text: str, inside: str | None) -> None:
     assert boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("18.", "18"),
+        ("$18.", "$18"),
+        ("18.00.", "18.00"),
+        ("18 dollars.", "18"),
+        ("\\frac{1}{2}.", "\\frac{1}{2}"),
+        ("5.0", "5.0"),
+        ("...", "..."),
+        ("dollars", "dollars"),
+    ],
+)
+def test_the_end_of_a_sentence_is_none_of_an_answers(text: str, answer: str) -> None:
+    assert unmarked(text) == answer
+
+
+def test_sentences_around_numbers_are_judged_here() -> None:
+    for right, texts in {"18": ("18.", "$18.", "18 dollars"), "0.5.": ("0.5", "0.5.")}.items():
+        for text in texts:
+            answer = answer_of(dataclasses.replace(SUM, answer=right), Written(text), AnswerForm(""))
+            assert at_once(dataclasses.replace(SUM, answer=right), answer) == Verdict(1.0), (right, text)
+
+
+def test_a_long_answer_is_looked_at_where_the_right_one_is_unknown() -> None:
+    unknown = dataclasses.replace(SUM, scorer="gym", answer="")
+    assert at_once(unknown, "x" * 5000) is None
+    assert at_once(unknown, "x" * 20_000) == Verdict(0.0, "too long")
+    assert at_once(SUM, "x" * 5000) == Verdict(0.0, "too long")
 
 
 @given(st.text())

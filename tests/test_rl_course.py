@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import types
@@ -55,8 +56,10 @@ def test_a_run_learns_as_many_tokens_as_it_is_told() -> None:
     changed, _, rows = material(TOKENIZER, training, [], 300, config, lambda text: None)
     of_step = 40 * 3 / rows.num_rows * config.data.batch_size  # two letters and the end of each
     assert changed.train.steps == round(300 / of_step)
-    same, _, _ = material(TOKENIZER, training, [], 0, config, lambda text: None)
+    same, _, _ = material(TOKENIZER, training, [], None, config, lambda text: None)
     assert same.train.steps == config.train.steps
+    none, _, _ = material(TOKENIZER, training, [], 0, config, lambda text: None)
+    assert none.train.steps == 1  # of a run that learned nothing the control is soon at its end
 
 
 @settings(deadline=None)
@@ -101,6 +104,20 @@ def test_a_step_makes_all_updates_and_tells_their_mean() -> None:
         each_update(step)(0, updates, 10)
     updates.minibatches = (3.0, 1.0, 1.0)
     assert each_update(step)(0, updates, 10)[1]["finite"] == 0.0  # one bad update is told
+
+
+def test_of_updates_without_tokens_nothing_is_told() -> None:
+    """All groups of a minibatch may be dead: an entropy of 0 would be a collapse."""
+
+    def step(state: int, batch: float, total: int, factor: Any) -> tuple[int, dict[str, float]]:
+        policy = {"policy/entropy": batch, "policy/kl_old": batch, "policy/log_prob_gap": batch}
+        return state, {"loss": batch, "tokens": float(batch > 0), "finite": 1.0} | policy
+
+    updates: Any = types.SimpleNamespace(minibatches=(0.0, 2.0, 4.0), metrics={})
+    metrics = each_update(step)(0, updates, 1)[1]
+    assert (metrics["loss"], metrics["rl/entropy"], metrics["rl/log_prob_gap"]) == (3.0, 3.0, 2.0)
+    updates.minibatches = (0.0, 0.0)
+    assert each_update(step)(0, updates, 1)[1] == {"loss": 0.0, "tokens": 0.0, "finite": 1.0}
 
 
 # ---------------------------------------------------------------- the course
@@ -165,6 +182,18 @@ def test_only_the_phase_of_exploration_pays_for_what_is_new() -> None:
     again = exploring.with_novelty(written, worth, ["a", "b"] * len(choices))
     assert (again.total_PK[:, 0] < paid.total_PK[:, 0]).all()
     assert "novelty" in paid.parts
+
+
+def test_programs_that_differ_in_names_and_comments_alone_are_one_solution() -> None:
+    one = course(curriculum={"phases": (r1().curriculum.phases[-1],)})
+    choices = next(one)[:1]
+    written, worth = texts(one, choices, [[1.0, 1.0]])
+    written = dataclasses.replace(written, exercises=(dataclasses.replace(written.exercises[0], scorer="program"),))
+    same = ["def f(xs):\n    return sum(xs)\n", "def f(numbers):\n    # all of them\n    return sum(numbers)\n"]
+    shared = one.with_novelty(written, worth, same).parts["novelty"]
+    assert shared.tolist() == [[0.5, 0.5]]
+    other = one.with_novelty(written, worth, ["def f(xs):\n    return max(xs)\n", same[1]]).parts["novelty"]
+    assert other.tolist() == [[1.0, pytest.approx(1 / 3)]]
 
 
 def test_groups_that_teach_are_told_from_those_that_do_not() -> None:

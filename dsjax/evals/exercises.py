@@ -96,7 +96,7 @@ def evaluate_exercises(
         raise UserError(f"--output is {output}; there is no folder {output.parent}")
     config = asked_config(folder, asked.source)
     families, asked = families_of(config.exercises), asked.of(config)
-    exercises = held_out_exercises(families, asked.limit)
+    exercises = held_out_exercises(families, asked.limit, key="--limit")
     with Rewards(config.rewards, families) as rewards:  # before the model is read: whether there can be one
         model = load(folder)
         if not quiet:
@@ -110,8 +110,10 @@ def evaluate_exercises(
     return report
 
 
-def held_out_exercises(families: Mapping[str, Family], num: int) -> list[Exercise]:
+def held_out_exercises(families: Mapping[str, Family], num: int, *, key: str) -> list[Exercise]:
     """``num`` different ones of each family and level, of the side that nobody learns from.
+
+    ``key``: what says so many.
 
     Raises:
         UserError: a family has fewer.
@@ -120,7 +122,7 @@ def held_out_exercises(families: Mapping[str, Family], num: int) -> list[Exercis
         exercise
         for family in families.values()
         for level in family.levels
-        for exercise in distinct(family, level, "held_out", num)
+        for exercise in distinct(family, level, "held_out", num, key=key)
     ]
 
 

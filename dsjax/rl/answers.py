@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 
 MOST_CHARACTERS = 20  # of an expression, for each number in it
 _WHOLE = re.compile(r"([-+]?)\$?(\d{1,18}|\d{1,3}(?:,\d{3}){1,5})", re.ASCII)
+_END = re.compile(r"(?<=\S)\s*\bdollars?\.?$|(?<=[\w})\]])\.$", re.ASCII)
+_UNBRACED = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?|\\[^$\n]*|[^$\n]", re.ASCII)
 _TOKEN = re.compile(r"\d+|[-+*/()]", re.ASCII)
 
 
@@ -26,20 +28,30 @@ def whole_number(text: str) -> int | None:
     return None if found is None else int(found[1] + found[2].replace(",", ""))
 
 
+def unmarked(text: str) -> str:
+    """An answer in mathematics without the full stop, and the word dollars, that it ends with."""
+    return _END.sub("", text)
+
+
 def boxed(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{...}`` of a text, braces balanced; None: there is none, or it does not end."""
-    start = text.rfind("\\boxed")
-    if start < 0:
+    r"""What stands in the last ``\boxed{...}`` of a text, or else ``\fbox{...}``, braces balanced.
+
+    Without braces it is a number, what begins with a command up to the end of the formula or line, or a character.
+    None: there is none, or it does not end.
+    """
+    name = next((name for name in ("\\boxed", "\\fbox") if name in text), None)
+    if name is None:
         return None
-    begin = start + len("\\boxed")
-    begin += len(text[begin : begin + 100]) - len(text[begin : begin + 100].lstrip())
-    if text[begin : begin + 1] != "{":
-        return text[begin : begin + 1].strip() or None  # \boxed 5
+    inside = text[text.rfind(name) + len(name) :]
+    inside = inside[:100].lstrip() + inside[100:]
+    if not inside.startswith("{"):
+        found = _UNBRACED.match(inside)
+        return None if found is None else unmarked(found[0].strip()) or None
     depth = 0
-    for brace in re.finditer(r"\\?[{}]", text[begin:]):
+    for brace in re.finditer(r"\\?[{}]", inside):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)  # escaped ones stand for themselves
         if depth == 0:
-            return text[begin + 1 : begin + brace.start()].strip() or None
+            return inside[1 : brace.start()].strip() or None
     return None
 
 

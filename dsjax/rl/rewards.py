@@ -22,15 +22,15 @@ from dsjax import hosts
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.data.build.syntax import parsed
 from dsjax.rl.answer_pool import PACKAGES, Answer, AnswerPool, Kind
-from dsjax.rl.answers import boxed, normalised, reaches, whole_number
+from dsjax.rl.answers import boxed, normalised, reaches, unmarked, whole_number
 from dsjax.rl.completions import program_of
 from dsjax.rl.exercises.exercise import Exercise, Family
 from dsjax.rl.exercises.form import AnswerForm
 from dsjax.rl.exercises.programs import problem, program
 from dsjax.rl.sandbox import Program, Sandbox
 
-# Characters of an answer that is judged at all: so many, or so many times what the right one has.
-MOST_CHARACTERS, MOST_TIMES = 400, 4
+# Characters of an answer that is judged at all: so many, or so many times what the right one has; more of unknown ones.
+MOST_CHARACTERS, MOST_TIMES, MOST_UNKNOWN = 400, 4, 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,8 @@ def answer_of(exercise: Exercise, text: Text, form: AnswerForm) -> str | None:
         answer = form.answer(text.text, text.ended)
         if exercise.scorer != "math":
             return answer
-        return boxed(text.text if answer is None else answer) or answer  # people and models box what they mean
+        found = boxed(text.text if answer is None else answer) or answer  # people and models box what they mean
+        return found and unmarked(found)
     if form.template == "plain":
         return program_of(problem(exercise), text.text, text.ended)
     answer = form.answer(text.text, text.ended)
@@ -220,17 +221,18 @@ def at_once(exercise: Exercise, answer: str | None) -> Verdict | None:
         return Verdict(0.0, "no answer")
     if exercise.scorer == "program":
         return None
-    if len(answer) > max(MOST_CHARACTERS, MOST_TIMES * len(exercise.answer)):
+    if len(answer) > (max(MOST_CHARACTERS, MOST_TIMES * len(exercise.answer)) if exercise.answer else MOST_UNKNOWN):
         return Verdict(0.0, "too long")
     if exercise.scorer == "arithmetic":
         data = exercise.data
         return Verdict(float(reaches(answer, data["numbers"], data["target"], data["operators"], every=data["all"])))
-    if exercise.answer and normalised(answer) == normalised(exercise.answer):
+    known = unmarked(exercise.answer) if exercise.scorer == "math" else exercise.answer
+    if known and normalised(answer) == normalised(known):
         return Verdict(1.0)
     if exercise.scorer == "exact":
         return Verdict(0.0)
     if exercise.scorer == "math":
-        right, given = whole_number(exercise.answer), whole_number(answer)
+        right, given = whole_number(known), whole_number(answer)
         if right is not None and given is not None:
             return Verdict(float(right == given))
         if boxed(f"\\boxed{{{answer}}}") != answer:

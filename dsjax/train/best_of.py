@@ -42,7 +42,7 @@ from dsjax.train.lora import whole_weights
 from dsjax.train.pretrain import Pretrain, Regime, fixed_part, next_token_parts
 from dsjax.train.start import Start, inherited
 from dsjax.train.step import Trainer, next_token_loss
-from dsjax.train.writing import WritingConfig, begun, check_writing, make_sampler
+from dsjax.train.writing import WritingConfig, begun, check_prompts, check_writing, make_sampler
 
 Say = Callable[[str], None]
 PICKED, SHARES, PAIRS = "picked.jsonl", "shares.json", "pairs.jsonl"  # in the run folder
@@ -156,12 +156,7 @@ def drawn(config: BestOf, families: Mapping[str, Family], tokenizer: Tokenizer) 
         for exercise in draw(family, level, "training", seed=seed, num=num)
     }
     exercises = list(found.values())
-    for exercise in exercises:
-        if (size := len(prompt_tokens(tokenizer, exercise))) + cfg.max_tokens > config.data.seq_len:
-            raise UserError(
-                f"data.seq_len is {config.data.seq_len}; there is a prompt of {exercise.family} {exercise.level} with"
-                f" {size} tokens, and rollout.max_tokens is {cfg.max_tokens}: raise it"
-            )
+    check_prompts(exercises, tokenizer, cfg, config.data.seq_len)
     return exercises
 
 

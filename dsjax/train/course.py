@@ -15,7 +15,7 @@ import numpy as np
 from dsjax.config import UserError
 from dsjax.rl import curriculum
 from dsjax.rl.advantages import alive
-from dsjax.rl.archive import Found, bonuses, plain_form, remembered
+from dsjax.rl.archive import Found, bonuses, plain_form, python_form, remembered
 from dsjax.rl.arms import Arm
 from dsjax.rl.course_report import metrics
 from dsjax.rl.curriculum import Choice, Score
@@ -154,7 +154,10 @@ class Course:
     def _found(self, written: Written, worth: Worth, answers: Sequence[str]) -> list[Found]:
         exercises, _ = written.flat
         right = [None if math.isnan(x) else x >= 1 for x in worth.correct_PK.reshape(-1).tolist()]
-        return [Found(e.key, plain_form(a), r) for e, a, r in zip(exercises, answers, right, strict=True)]
+        forms = [
+            (python_form if e.scorer == "program" else plain_form)(a) for e, a in zip(exercises, answers, strict=True)
+        ]
+        return [Found(e.key, form, r) for e, form, r in zip(exercises, forms, right, strict=True)]
 
     def scored(self, written: Written, worth: Worth) -> None:
         """Tells the curriculum how exercises went."""

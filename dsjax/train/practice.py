@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from dsjax import hosts
 from dsjax.background import InBackground
+from dsjax.config import UserError
 from dsjax.data.structure.stored import scanner
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.evals.solved import prompt_tokens
@@ -39,7 +40,9 @@ from dsjax.sharding import Rules, replicated, training_rules, use_mesh
 from dsjax.train.course import Course, Worth, Written, metrics_of
 from dsjax.train.loop import Counters
 from dsjax.train.step import TrainState
+from dsjax.train.writing import prompts_that_fit
 
+TRIES = 256  # numbers behind that of an exercise whose prompt is too long
 LENGTH_STEP = 32  # of arrays of one text a row, whose shapes programs are compiled for
 
 
@@ -54,9 +57,9 @@ class Updates:
 def each_update(step: Any) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """A step of the loop that makes all updates of an iteration, by the step of one.
 
-    Metrics are means over the updates; ``tokens`` is their sum, and ``finite`` says so of all. What the rollouts were
-    like is added. The gap between what the engine said of a text and what the trainer says is that of the first
-    update: behind it the model is another.
+    Metrics are means over the updates that had tokens to learn from; ``tokens`` is their sum, and ``finite`` says so
+    of all. What the rollouts were like is added. The gap between what the engine said of a text and what the trainer
+    says is that of the first update: behind it the model is another.
     """
 
     def run(state: Any, updates: Any, total_steps: Any, factor: float | None = None) -> Any:
@@ -65,11 +68,14 @@ def each_update(step: Any) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
             state, metrics = step(state, experience, total_steps * len(updates.minibatches), factor)
             found.append(metrics)
         values = jax.device_get(found)
-        merged = {name: np.mean([v[name] for v in values], axis=0) for name in values[0]}
+        taught = [v for v in values if v["tokens"]]
+        merged = {name: np.mean([v[name] for v in taught or values], axis=0) for name in values[0]}
         merged["tokens"] = np.sum([v["tokens"] for v in values])
         merged["finite"] = np.min([v["finite"] for v in values])
+        if not taught:  # of no token nothing is known, which is not 0
+            return state, {k: x for k, x in merged.items() if not k.startswith(("policy/", "value/"))} | updates.metrics
         merged |= {f"rl/{name}": merged[f"policy/{name}"] for name in ("entropy", "kl_old")}
-        merged["rl/log_prob_gap"] = values[0]["policy/log_prob_gap"]
+        merged["rl/log_prob_gap"] = taught[0]["policy/log_prob_gap"]
         if "value/return" in merged:
             merged["rl/explained_variance"] = explained_variance(merged)
         return state, merged | updates.metrics
@@ -238,6 +244,7 @@ class Practice:
 
     def _write(self, variables: Any, choices: Sequence[Choice], *number: int) -> Written:
         cfg = self._cfg.rollout
+        choices = [self._fitting(choice) for choice in choices]
         exercises = [self._course.exercise(choice) for choice in choices]
         rollouts = self._sampler.sample(
             variables,
@@ -249,6 +256,19 @@ class Practice:
             stop=cfg.stop,
         )
         return Written(tuple(choices), tuple(exercises), tuple(map(tuple, rollouts)))
+
+    def _fitting(self, choice: Choice) -> Choice:
+        """What was chosen, or the next one of its arm whose prompt leaves room for a text."""
+        cfg = self._cfg
+        for number in range(choice.number, choice.number + TRIES):
+            candidate = choice._replace(number=number)
+            exercise = self._course.exercise(candidate)
+            if prompts_that_fit([exercise], self._tokenizer, cfg.rollout, cfg.data.seq_len)[0]:
+                return candidate
+        raise UserError(
+            f"data.seq_len is {cfg.data.seq_len}; of {TRIES} prompts of {choice.arm} none leaves room for"
+            f" rollout.max_tokens, {cfg.rollout.max_tokens}: raise it"
+        )
 
     # ------------------------------------------------------------ arrays
 
@@ -268,7 +288,7 @@ class Practice:
         metrics, further = dict[str, float](), dict[str, Any]()
         if cfg.rescore or self._cfg.advantage.kind == "gae" or (rows.experts_NTLK is not None):
             scores = self._scorer(variables, plain)
-            metrics |= compared(rows, scores)
+            metrics |= compared(rows, scores, self._cfg.rollout.temperature)
         old_NT = scores["log_prob"] if cfg.rescore else rows.told_NT
         if cfg.rescore and cfg.correction_limit:
             further["correction_BT"] = correction(old_NT, rows.told_NT, cfg.correction_limit)
@@ -306,9 +326,12 @@ def mean_over(mask: np.ndarray, x: np.ndarray) -> float:
     return float(x[mask].mean()) if mask.any() else math.nan
 
 
-def compared(rows: WrittenRows, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """How far the trainer is from the engine: nats a token, and which share of router decisions is the same."""
-    said_NT = (rows.learned_NT > 0) & np.isfinite(rows.told_NT)
+def compared(rows: WrittenRows, scores: Mapping[str, np.ndarray], temperature: float) -> dict[str, float]:
+    """How far the trainer is from the engine: nats a token, and which share of router decisions is the same.
+
+    The engine tells log-probabilities at temperature 1; with another nothing is known of the first (NaN).
+    """
+    said_NT = (rows.learned_NT > 0) & np.isfinite(rows.told_NT) & (temperature == 1)
     metrics = {"rl/log_prob_gap": mean_over(said_NT, np.abs(scores["log_prob"] - np.nan_to_num(rows.told_NT)))}
     if rows.experts_NTLK is not None:
         metrics["rl/router_agreement"] = float(agreement(rows.experts_NTLK, scores["experts"], rows.ids_NT > 0))

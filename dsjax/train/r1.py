@@ -34,7 +34,7 @@ from dsjax.rl.archive import ArchiveConfig
 from dsjax.rl.arms import Arm, CurriculumConfig
 from dsjax.rl.course_report import plot_course
 from dsjax.rl.exercises.config import ExercisesConfig, families_of
-from dsjax.rl.exercises.exercise import Family, distinct, draw
+from dsjax.rl.exercises.exercise import Exercise, Family, distinct, draw
 from dsjax.rl.experience import Experience
 from dsjax.rl.health import HealthConfig
 from dsjax.rl.packing import num_rows
@@ -52,6 +52,7 @@ from dsjax.train.pretrain import Pretrain, Regime, Setting
 from dsjax.train.r1_config import ReportConfig, RolloutConfig, UpdateConfig, WarmStartConfig
 from dsjax.train.r1_report import (
     held_out,
+    in_words,
     named_levels,
     plot_solved,
     report_of,
@@ -61,9 +62,10 @@ from dsjax.train.r1_report import (
 from dsjax.train.start import Start, inherited
 from dsjax.train.step import TrainState
 from dsjax.train.supervised import exercise_corpus, level_mix, supervised
-from dsjax.train.writing import begun, check_writing, make_sampler
+from dsjax.train.writing import begun, check_course, check_prompts, check_writing, make_sampler
 
 Say = Callable[[str], None]
+WARM_START, CONTROL = "warm_start", "control"  # in the run folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,10 @@ class R1(Pretrain):
     report: ReportConfig = ReportConfig()
 
     def validate(self) -> None:
-        super(R1, of_updates(self)).validate()
+        own = of_updates(self)
+        if self.warm_start.steps:  # RL begins with that, whatever the warm start begins with
+            own = dataclasses.replace(own, train=dataclasses.replace(own.train, start_from=WARM_START))
+        super(R1, own).validate()
         cfg, update = self.rollout, self.update
         rows = cfg.prompts * cfg.samples
         if rows % (update.minibatches * self.train.accumulate):
@@ -107,6 +112,11 @@ class R1(Pretrain):
                 f" {update.minibatches * self.train.accumulate}, must divide it"
             )
         cfg.check_room(self.data.seq_len)
+        if cfg.samples == 1 and self.advantage.kind != "gae":
+            raise UserError(
+                f"rollout.samples is 1; {self.algorithm.name} compares the texts of an exercise, of which there must be"
+                " at least 2"
+            )
         if self.advantage.kind == "gae" and self.model.values == "none":
             raise UserError(
                 f"algorithm.name is {self.algorithm.name}, whose advantages take a critic, but model.values is none; it"
@@ -152,12 +162,15 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
     families = families_of(config.exercises)
     named_levels(config, families)
     config, tokenizer = begins(config, run_folder)
+    asked = (held_out(config, families) if reports else []) + validated_on(config, families)
+    check_prompts(asked, tokenizer, config.rollout, config.data.seq_len)  # now, not behind hours of training
+    check_course(families.values(), tokenizer, config.rollout, config.data.seq_len, say)
     check(config)
     with Rewards(config.rewards, families) as rewards:
         if config.warm_start.steps:
             say(f"warm start: {config.warm_start.steps} steps on solutions")
             begun(of_updates(config), run_folder)
-            start = folder / "warm_start"
+            start = folder / WARM_START
             regime = solutions(config, families, tokenizer)
             if code := pretrain.run(warm_start_run(config), start, quiet=quiet, regime=regime):
                 return code
@@ -176,7 +189,7 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
             tokens = hosts.exchange("tokens learned", spent_on(run_folder)["tokens_learned"])[0]
             say(f"control: solutions again, {tokens:,} tokens as learned in RL")
             regime = solutions(config, families, tokenizer, learned=tokens)
-            if code := pretrain.run(control_run(config), folder / "control", quiet=quiet, regime=regime):
+            if code := pretrain.run(control_run(config), folder / CONTROL, quiet=quiet, regime=regime):
                 return code
         if reports:
             report(config, run_folder, families, rewards, say)
@@ -232,12 +245,14 @@ def control_run(config: R1) -> Pretrain:
     return dataclasses.replace(base, train=train, lora=config.lora)
 
 
-def solutions(config: R1, families: Mapping[str, Family], tokenizer: Tokenizer, *, learned: int = 0) -> Regime:
+def solutions(
+    config: R1, families: Mapping[str, Family], tokenizer: Tokenizer, *, learned: int | None = None
+) -> Regime:
     """The regime of both: exercises of the training side, fewer of each higher level; others for the control.
 
     ``learned``: tokens to learn, of the control.
     """
-    warm, seed = config.warm_start, 2 * config.data.seed + (learned > 0)
+    warm, seed = config.warm_start, 2 * config.data.seed + (learned is not None)
     training = [
         exercise
         for family in families.values()
@@ -362,6 +377,21 @@ def reference_of(config: R1, setting: Setting) -> Callable[[TrainState], Any]:
     return lambda state: kept
 
 
+def validated_on(config: R1, families: Mapping[str, Family]) -> list[Exercise]:
+    """Exercises that are asked every ``train.eval_every`` steps.
+
+    Raises:
+        UserError: a family has too few.
+    """
+    num = config.report.validation if config.train.eval_every else 0
+    return [
+        exercise
+        for family in families.values()
+        for level in family.levels
+        for exercise in distinct(family, level, "validation", num, key="report.validation")
+    ]
+
+
 def validation(
     config: R1,
     families: Mapping[str, Family],
@@ -371,12 +401,7 @@ def validation(
     tokenizer: Tokenizer,
 ) -> Any:
     """A function (variables, stopped) -> pass@1 by family and level, and over all."""
-    exercises = [
-        exercise
-        for family in families.values()
-        for level in family.levels
-        for exercise in distinct(family, level, "validation", config.report.validation)
-    ]
+    exercises = validated_on(config, families)
 
     def evaluate(variables: Any, stopped: Callable[[], bool]) -> dict[str, float]:
         course.wait()  # one engine writes for both
@@ -425,7 +450,7 @@ def report(config: R1, run_folder: RunFolder, families: Mapping[str, Family], re
     and all of them write texts."""
     runs = {"before": RunFolder(pathlib.Path(config.train.start_from)), "after": run_folder}
     if config.report.control:
-        runs["sft_control"] = RunFolder(run_folder.path / "control")
+        runs["sft_control"] = RunFolder(run_folder.path / CONTROL)
     exercises, levels = held_out(config, families), named_levels(config, families)
     say(f"report: {len(exercises):,} held-out exercises, {len(runs)} models")
     mesh, trainer = pretrain.build(of_updates(config), loss_fn=policy_loss(config.policy))
@@ -440,7 +465,6 @@ def report(config: R1, run_folder: RunFolder, families: Mapping[str, Family], re
     phases = [phase.name for phase, _ in config.curriculum.phases_of(arms)]
     plot_course(read_metrics(run_folder.metrics), run_folder.path / "course.png", phases=phases)
     for family, level in levels.items():
-        shares = "  ".join(f"{name} {share:.1%}" for name, share in found["families"][family].items())
-        say(f"{family} {level}: {shares}")
-    say(f"all levels: {'  '.join(f'{name} {share:.1%}' for name, share in found['mean'].items())}")
+        say(f"{family} {level}: {in_words(found['families'][family])}")
+    say(f"all levels: {in_words(found['mean'])}")
     say(f"{run_folder.path}: report.json, solved.png, course.png")

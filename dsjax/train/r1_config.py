@@ -68,6 +68,11 @@ class RolloutConfig(WritingConfig):
                 f"temperature is {self.temperature:g}; with another than 1 rescore must be true: the engine tells"
                 " probabilities at 1"
             )
+        if self.temperature != 1 and self.correction_limit:
+            raise UserError(
+                f"temperature is {self.temperature:g}; with another than 1 correction_limit must be 0: the engine tells"
+                " probabilities at 1, so there is nothing to correct by"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def held_out(config: Any, families: Mapping[str, Family]) -> list[Exercise]:
     Raises:
         UserError: a family has fewer.
     """
-    return held_out_exercises(families, config.report.prompts)
+    return held_out_exercises(families, config.report.prompts, key="report.prompts")
 
 
 def named_levels(config: Any, families: Mapping[str, Family]) -> dict[str, int]:
@@ -121,15 +121,15 @@ def report_of(config: Any, levels: Mapping[str, int], tables: Mapping[str, Table
             family: {name: figure(tables[name][family][level]) for name in tables} for family, level in levels.items()
         }
 
-    def over_levels(name: str, family: str) -> float:
-        return float(np.mean([pass_at_1(figures) for figures in tables[name][family].values()]))
+    def over_levels(name: str, family: str) -> float | None:
+        return mean_of(pass_at_1(figures) for figures in tables[name][family].values())
 
     return {
         "levels_named": dict(levels),
         "families": named(pass_at_1),
         "greedy": named(lambda figures: figures.get("greedy")),
         "mean_of_levels": {f: {name: over_levels(name, f) for name in tables} for f in levels},
-        "mean": {name: float(np.mean([over_levels(name, f) for f in levels])) for name in tables},
+        "mean": {name: mean_of(over_levels(name, f) for f in levels) for name in tables},
         "by_level": {
             f: {level: {name: tables[name][f][level] for name in tables} for level in tables["after"][f]}
             for f in levels
@@ -141,9 +141,20 @@ def report_of(config: Any, levels: Mapping[str, int], tables: Mapping[str, Table
     }
 
 
-def pass_at_1(figures: Mapping[str, Any]) -> float:
-    """Of one level; NaN where nothing is known."""
-    return figures["pass@1"]["value"] if "pass@1" in figures else float("nan")
+def pass_at_1(figures: Mapping[str, Any]) -> float | None:
+    """Of one level; None where nothing is known."""
+    return figures["pass@1"]["value"] if "pass@1" in figures else None
+
+
+def mean_of(shares: Iterable[float | None]) -> float | None:
+    """Of those that are known; None where none is."""
+    known = [share for share in shares if share is not None]
+    return float(np.mean(known)) if known else None
+
+
+def in_words(shares: Mapping[str, float | None]) -> str:
+    """The shares of some models."""
+    return "  ".join(f"{name} {'unknown' if share is None else f'{share:.1%}'}" for name, share in shares.items())
 
 
 def spent_on(run: RunFolder) -> dict[str, Any]:
@@ -168,7 +179,7 @@ def plot_solved(report: Mapping[str, Any], path: pathlib.Path) -> None:
     names = {"before": "before", "sft_control": "control: more solutions", "after": "after RL"}
     for axes, (family, levels) in zip(panels[0], families.items(), strict=True):
         for name, (color, style) in looks.items():
-            rows = [(int(level), figures[name]["pass@1"]) for level, figures in levels.items() if name in figures]
+            rows = [(int(n), found[name]["pass@1"]) for n, found in levels.items() if "pass@1" in found.get(name, {})]
             if rows:
                 x, y = [level for level, _ in rows], [f["value"] for _, f in rows]
                 axes.plot(x, y, style, color=color, marker="o", markersize=3, label=names[name])

@@ -24,11 +24,16 @@ ONE_STAGE = CourseConfig(order=0.0)
 
 
 def supervised(
-    tokenizer: Tokenizer, training: Sequence[Exercise], held_out: Sequence[Exercise], *, learned_tokens: int = 0
+    tokenizer: Tokenizer,
+    training: Sequence[Exercise],
+    held_out: Sequence[Exercise],
+    *,
+    learned_tokens: int | None = None,
 ) -> Regime:
     """The regime of a run that learns the solutions of ``training``, and is evaluated on those of ``held_out``.
 
-    With ``learned_tokens`` it ends when about so many were learned, whatever ``train.steps`` says.
+    With ``learned_tokens`` it ends when about so many were learned, and behind one step at the least, whatever
+    ``train.steps`` says.
     """
     found = functools.partial(material, tokenizer, training, held_out, learned_tokens)
     return Regime(next_token_loss, found, next_token_parts)
@@ -38,7 +43,7 @@ def material(
     tokenizer: Tokenizer,
     training: Sequence[Exercise],
     held_out: Sequence[Exercise],
-    learned_tokens: int,
+    learned_tokens: int | None,
     config: Pretrain,
     say: Callable[[str], None],
 ) -> tuple[Pretrain, Corpus, CourseRows]:
@@ -47,7 +52,7 @@ def material(
     corpus = exercise_corpus(tokenizer, training, held_out)
     data, store = config.data, corpus.stores[0]
     rows = CourseRows(corpus, ONE_STAGE, seq_len=data.seq_len, batch_size=data.batch_size, seed=data.seed)
-    if learned_tokens:
+    if learned_tokens is not None:
         of_step = (int(np.asarray(store.weights).sum()) + store.offsets.size - 1) / rows.num_rows * data.batch_size
         steps = max(round(learned_tokens / of_step), 1)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))

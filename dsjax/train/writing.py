@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 from jax.sharding import Mesh
@@ -11,13 +12,17 @@ from jax.sharding import Mesh
 from dsjax import hosts
 from dsjax.config import Bounds, NonNegativeInt, PositiveFloat, PositiveInt, UserError, to_dict
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.evals.solved import prompt_tokens
 from dsjax.infer.engine import placed
 from dsjax.manifest import make_folder
 from dsjax.metrics import write_atomic
+from dsjax.rl.exercises.exercise import Exercise, Family, draw, numbers_of
 from dsjax.rl.rollout import Sampler
 from dsjax.runs import RunFolder
 from dsjax.sharding import MeshConfig, joined, make_mesh
 from dsjax.train.step import Trainer
+
+TRIED = 16  # exercises of a level, of a family without end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,54 @@ def make_sampler(
         max_length=seq_len,
         tell_experts=tell_experts,
     )
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def prompts_that_fit(
+    exercises: Sequence[Exercise], tokenizer: Tokenizer, cfg: WritingConfig, seq_len: int
+) -> list[bool]:
+    """Of each exercise whether its prompt leaves room for a text."""
+    return [len(prompt_tokens(tokenizer, exercise)) + cfg.max_tokens <= seq_len for exercise in exercises]
+
+
+def check_prompts(exercises: Sequence[Exercise], tokenizer: Tokenizer, cfg: WritingConfig, seq_len: int) -> None:
+    """Whether every prompt leaves room for a text.
+
+    Raises:
+        UserError: one does not.
+    """
+    for exercise, fits in zip(exercises, prompts_that_fit(exercises, tokenizer, cfg, seq_len), strict=True):
+        if not fits:
+            raise UserError(
+                f"data.seq_len is {seq_len}; there is a prompt of {exercise.family} {exercise.level} with"
+                f" {len(prompt_tokens(tokenizer, exercise))} tokens, and rollout.max_tokens is {cfg.max_tokens}: raise"
+                " it"
+            )
+
+
+def check_course(
+    families: Iterable[Family], tokenizer: Tokenizer, cfg: WritingConfig, seq_len: int, say: Callable[[str], None]
+) -> None:
+    """Says how many prompts of the training side leave no room for a text; of families without end some are tried.
+
+    Raises:
+        UserError: all those of a level do not.
+    """
+    for family in families:
+        for level in family.levels:
+            size = family.size(level)
+            num = TRIED if size is None else len(numbers_of(family, level, "training"))
+            some = draw(family, level, "training", seed=0, num=num)
+            fitting = sum(prompts_that_fit(some, tokenizer, cfg, seq_len))
+            if not fitting:
+                raise UserError(
+                    f"data.seq_len is {seq_len}; with a rollout.max_tokens of {cfg.max_tokens} it has no room for any"
+                    f" prompt of {family.name} {level}: raise it"
+                )
+            if size is not None and fitting < num:
+                say(f"{num - fitting} of {num} prompts of {family.name} {level} leave no room for a text: left out")
 
 
 def begun(config: Any, run_folder: RunFolder) -> None:

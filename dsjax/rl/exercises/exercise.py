@@ -108,8 +108,8 @@ def exercise_of(family: Family, level: int, split: Split, number: int) -> Exerci
     """
     check_level(family, level)
     if family.size(level) is not None:
-        places = _places(family, level, split)
-        return family.exercise(level, places[number % len(places)])
+        numbers = numbers_of(family, level, split)
+        return family.exercise(level, numbers[number % len(numbers)])
     first = SPLITS.index(split) * _STRETCH + number * TRIES
     for candidate in range(first, first + TRIES):
         exercise = family.exercise(level, candidate)
@@ -131,22 +131,24 @@ def draw(family: Family, level: int, split: Split, *, seed: int, num: int) -> li
         first = int.from_bytes(digest[:8], "big") % _PLACES
         return [exercise_of(family, level, split, first + i) for i in range(num)]
     check_level(family, level)
-    places, chance = _places(family, level, split), random.Random(f"{family.name}/{level}/{split}/{seed}")
+    numbers, chance = numbers_of(family, level, split), random.Random(f"{family.name}/{level}/{split}/{seed}")
     order: list[int] = []
     while len(order) < num:
-        order += chance.sample(places, min(len(places), num - len(order)))
-    return [family.exercise(level, place) for place in order]
+        order += chance.sample(numbers, min(len(numbers), num - len(order)))
+    return [family.exercise(level, number) for number in order]
 
 
-def distinct(family: Family, level: int, split: Split, num: int) -> list[Exercise]:
+def distinct(family: Family, level: int, split: Split, num: int, *, key: str = "num") -> list[Exercise]:
     """The first ``num`` exercises of a split of which no two ask the same: what an evaluation asks.
+
+    ``key``: what says so many.
 
     Raises:
         UserError: there are fewer; says how many were found.
     """
     found: dict[str, Exercise] = {}
     size = family.size(level)
-    most = 16 * num + 1024 if size is None else len(_places(family, level, split))
+    most = 16 * num + 1024 if size is None else len(numbers_of(family, level, split))
     for number in range(most):
         if len(found) == num:
             break
@@ -154,8 +156,7 @@ def distinct(family: Family, level: int, split: Split, num: int) -> list[Exercis
         found.setdefault(exercise.key, exercise)
     if len(found) < num:
         raise UserError(
-            f"{family.name} has {len(found)} different exercises of level {level} on the side {split!r}, not the {num}"
-            " that were asked for"
+            f"{key} is {num}; {family.name} has {len(found)} different exercises of level {level} on the side {split!r}"
         )
     return list(found.values())
 
@@ -167,13 +168,17 @@ def check_level(family: Family, level: int) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _places(family: Family, level: int, split: Split) -> tuple[int, ...]:
-    """The numbers of a family with an end that are on one side."""
-    numbers = range(family.size(level) or 0)
-    places = tuple(number for number in numbers if family.split(family.exercise(level, number)) == split)
-    if not places:
+def numbers_of(family: Family, level: int, split: Split) -> tuple[int, ...]:
+    """The numbers of a family with an end that are on one side.
+
+    Raises:
+        UserError: there is none.
+    """
+    everything = range(family.size(level) or 0)
+    found = tuple(number for number in everything if family.split(family.exercise(level, number)) == split)
+    if not found:
         raise _has_none(family, level, split)
-    return places
+    return found
 
 
 def _sha256(text: str) -> str:
