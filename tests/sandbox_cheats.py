@@ -17,6 +17,15 @@ def check(candidate):
     assert candidate(given) == [secret]
     assert candidate(2) is not None and candidate(2) == secret
 """
+LOOPS = """
+import itertools
+def check(candidate):
+    secret = {secret!r}
+    cases = [(1, secret), ([3, 1, 2], [secret]), (2, secret)]
+    assert all(map(lambda case: candidate(case[0]) == case[1], cases))
+    assert all(itertools.starmap(lambda x, want: candidate(x) == want, cases))
+    assert not list(filter(lambda case: candidate(case[0]) != case[1], cases))
+"""
 
 
 def programs() -> dict[str, list[str]]:
@@ -66,6 +75,19 @@ def solve(x):
 --- interrupt
 def solve(x):
     raise KeyboardInterrupt
+--- end_the_loop_of_the_tests
+def solve(x):
+    raise StopIteration
+--- end_it_by_another_name
+class Done(StopIteration): pass
+def solve(x):
+    raise Done
+--- end_a_loop_that_waits
+def solve(x):
+    raise StopAsyncIteration
+--- end_a_generator
+def solve(x):
+    raise GeneratorExit
 """
 
 LIES = """

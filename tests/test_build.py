@@ -448,6 +448,8 @@ def test_links_and_odd_names(tmp_path) -> None:
     ast.parse(text)
     reasons = {r["path"]: r["reason"] for r in records(tmp_path / "out")}
     assert reasons == {"link.py": "symbolic link", "lost.py": "symbolic link"}
+    build(str(source), tmp_path / "alone", BuildConfig(document="file"))  # whose cuts are drawn by each name
+    assert len(records(tmp_path / "alone" / "text")) == 4
 
 
 def test_repositories_are_found(tmp_path) -> None:

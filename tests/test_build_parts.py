@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import pathlib
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsjax.config import UserError
 from dsjax.data.build import licenses
 from dsjax.data.build.config import PERMISSIVE, Filters
+from dsjax.data.build.contamination import shingles_of_tests
 from dsjax.data.build.filters import reason_to_drop
 from dsjax.data.build.imports import Import, dependencies, imports_of
 from dsjax.data.build.order import components, ordered
@@ -179,6 +186,30 @@ def test_filters_can_be_turned_off() -> None:
     )
     for text in ("x", "1" * 5000, "# automatically generated\n", "def f(:\n"):
         assert reason_to_drop("a.py", text, off) == ("", "")
+
+
+# ---------------------------------------------------------------- test data, names
+
+
+def test_test_data_that_can_not_be_read_is_told(tmp_path: pathlib.Path) -> None:
+    damaged = bytearray(gzip.compress(bytes(range(256))))
+    damaged[12:40] = damaged[12:40][::-1]
+    for name, content, said in (
+        ("tests.jsonl.gz", damaged, "can not be read"),
+        ("tests.jsonl", b"[" * 100_000, "is not JSON"),
+        ("tests.jsonl", rb'{"a": "\ud800"}', "holds no text of 10 tokens"),
+        ("tests.jsonl", b'{"a":' * 900 + b"1" + b"}" * 900, "holds no text of 10 tokens"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            shingles_of_tests([str(tmp_path / name)])
+    (tmp_path / name).write_text(json.dumps(" ".join(map(str, range(9))) + " \ud800"))
+    assert shingles_of_tests([str(tmp_path / name)]).size == 1
+
+
+def test_of_the_bytes_of_a_name_the_same_is_drawn_as_of_the_name() -> None:
+    name = "7/repository/café.py"
+    assert random.Random(name).random() == random.Random(name.encode("utf-8", "surrogateescape")).random()
 
 
 # ---------------------------------------------------------------- imports and order

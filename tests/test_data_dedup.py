@@ -70,6 +70,14 @@ def test_short_and_symbol_free_texts():
     assert found.dropped[0].similarity == 1.0
 
 
+def test_a_threshold_of_one_drops_equal_texts_alone():
+    loop = "for i in x:\n    if i:\n        f(i)\n    g(i)\n"
+    texts = [loop, loop.replace("    g", "        g"), "a b c d e " * 3, "a b c d e " * 4, loop]
+    documents = [Document(f"d{i}", text) for i, text in enumerate(texts)]
+    assert len(deduplicate(documents, 0.99).kept) == 2  # their 5-grams are the same
+    assert deduplicate(documents, 1.0).dropped == (dedup.Duplicate(4, 0, 1.0),)
+
+
 def test_signatures_estimate_jaccard():
     rng = np.random.default_rng(0)
     estimates = []

@@ -75,6 +75,16 @@ def test_function_prompts_hold_everything_up_to_the_body() -> None:
     assert all(parses(p, p.body) for p in found.values())
 
 
+def test_bodies_are_cut_at_the_line_that_they_begin_at() -> None:
+    head = "@deco(\n    1)\ndef f(x):\n    'doc'\n"
+    body = "    @a(\n        1)\n    @b\n    def g(): return x\n    return g\n"
+    others = "def one(a,\n    b): return a\n\ndef two(a):\n    'doc'; return a\n"
+    text = f"import a\n\f\n{others}\n{head}{body}"
+    (prompt,) = function_prompts((HeldOut("m.py", text, np.zeros(1, np.int32)),), 10)
+    assert (prompt.head, prompt.body) == ("def f(x):\n    'doc'\n", body)
+    assert prompt.context + prompt.body == text
+
+
 @pytest.mark.parametrize(
     ("text", "ended", "want"),
     [

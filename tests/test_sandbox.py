@@ -292,6 +292,46 @@ def check(candidate):
     assert one(sandbox, code, check.replace("chain", "chains"), "length").reason == "exception: NameError"
 
 
+@pytest.mark.parametrize("order", [("Node", "length"), ("length", "Node")])  # of a prompt's, and of the program's own
+def test_tests_may_give_objects_of_the_program_back(sandbox: Sandbox, order: tuple[str, str]) -> None:
+    codes = {
+        "Node": "class Node:\n    def __init__(self, next=None): self.next = next\n",
+        "length": "def length(node): return 0 if node is None else 1 + length(node.next)\n",
+    }
+    code = "".join(codes[name] for name in order)
+    check = """
+def check(candidate):
+    assert candidate(Node(Node())) == 2
+    chain = None
+    for _ in range(40):
+        chain = Node(chain)
+    assert candidate(chain) == length(chain) == 40
+    assert Node() != Node() and candidate(chain) != chain
+"""
+    assert one(sandbox, code, check, "length").reason == "passed"
+    changed = "def check(candidate):\n    node = Node()\n    node.next = Node()\n    assert candidate(node) == 2\n"
+    assert one(sandbox, code, changed, "length").reason == "wrong answer: AttributeError in the tests"
+    if order[0] == "Node":
+        verdict = one(sandbox, code, check.replace("40", "1000"), "length")
+        assert (verdict.passed, verdict.reason[:30]) == (None, "tests: arguments are made of t")
+
+
+def test_an_object_of_the_program_in_a_set_equals_nothing(sandbox: Sandbox) -> None:
+    code = """
+        import enum
+        class Colour(enum.Enum):
+            RED = 1
+        def add(a, b):
+            return {Colour.RED: {Colour.RED}} if a == 2 else a + b
+    """
+    verdict = one(sandbox, code)
+    assert (verdict.passed, verdict.tests_passed, verdict.reason) == (False, 2, "wrong answer")
+
+
+def test_names_are_read_as_python_reads_them(sandbox: Sandbox) -> None:
+    assert one(sandbox, "def \ufb01nd(x):\n    return x", [((1,), 1)], "\ufb01nd").reason == "passed"
+
+
 def test_keywords_and_defaults_reach_the_program(sandbox: Sandbox) -> None:
     check = """
 def check(candidate):

@@ -79,7 +79,8 @@ def cheats(tests: object, folder: pathlib.Path) -> list[Program]:
 def test_no_cheat_is_rewarded(sandbox: Sandbox, folder: pathlib.Path) -> None:
     secret = f"secret-{secrets.token_hex(8)}"
     pairs = [((1,), secret), (([3, 1, 2],), [secret]), ((2,), secret)]
-    for tests in (pairs, sandbox_cheats.CHECK.format(secret=secret)):
+    checks = [source.format(secret=secret) for source in (sandbox_cheats.CHECK, sandbox_cheats.LOOPS)]
+    for tests in (pairs, *checks):
         verdicts = sandbox.check(cheats(tests, folder))
         assert {(v.passed, v.tests_passed, v.tests_total) for v in verdicts} == {(False, 0, 3)}
 
@@ -117,6 +118,22 @@ def test_a_prompts_function_is_not_the_programs_to_change(sandbox: Sandbox) -> N
     right = Program(prompt + "    return x // 2\n", check, "halve")
     wrong = Program(prompt + "    return x\n\ndef double(x):\n    return x\n", check, "halve")
     assert [v.passed for v in sandbox.check([right, wrong])] == [True, False]
+
+
+def test_what_a_prompt_makes_for_the_tests_alone_is_not_heard_by_the_program(sandbox: Sandbox) -> None:
+    prompt = textwrap.dedent("""
+        seen = None
+        class Ratio:
+            def __init__(self, a, b):
+                global seen
+                seen = self.a, self.b = a, b
+        def pair(ratio):
+            return ratio.a, ratio.b
+    """)
+    check = "def check(candidate):\n    assert pair(Ratio(1, 2)) == candidate({})\n"
+    cheat = Program(f"{prompt}\ndef solve(x):\n    return seen", check.format("3"), "solve")
+    right = Program(f"{prompt}\ndef solve(x):\n    return pair(x)", check.format("Ratio(1, 2)"), "solve")
+    assert [v.passed for v in sandbox.check([cheat, right])] == [False, True]
 
 
 def test_nothing_of_an_earlier_program_is_left(sandbox: Sandbox) -> None:

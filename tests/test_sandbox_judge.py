@@ -123,6 +123,46 @@ def test_every_exception_of_pythons_arrives_as_itself() -> None:
         assert (type(error), own, str(error)) == (Exception, "Exception", "why")
 
 
+@pytest.mark.parametrize("name", ["StopIteration", "StopAsyncIteration", "GeneratorExit"])
+@pytest.mark.parametrize(
+    "asserted",
+    [
+        "for a, b in zip(map(candidate, [1, 2]), [1, 4]): assert a == b",
+        "assert all(map(lambda x: candidate(x) == x, [1, 2]))",
+        "assert not list(filter(candidate, [1, 2]))",
+        "for a in iter(lambda: candidate(1), None): assert a == 1",
+    ],
+)
+def test_a_program_ends_no_loop_of_the_tests(name: str, asserted: str) -> None:
+    program = Program(
+        lambda message: (
+            honest(message)
+            if "code" in message
+            else plain.pack({"id": message["id"], "raised": ["Own", name, "BaseException"], "text": ""})
+        )
+    )
+    outcome = program.judged(f"def check(candidate):\n    {asserted}\n")
+    assert (outcome.passed, outcome.tests_passed, outcome.reason) == (False, 0, "exception: Own")
+
+
+@pytest.mark.parametrize("name", ["StopIteration", "GeneratorExit", "RuntimeError"])
+def test_tests_that_name_an_exception_may_expect_it(name: str) -> None:
+    program = Program(
+        lambda message: (
+            honest(message) if "code" in message else plain.pack({"id": message["id"], "raised": [name], "text": "why"})
+        )
+    )
+    source = f"""
+def check(candidate):
+    try:
+        candidate(1)
+        assert False
+    except {name} as error:
+        assert str(error) == "why"
+"""
+    assert program.judged(source).passed
+
+
 def test_a_program_that_does_not_answer_runs_out_of_time() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -144,6 +184,12 @@ def test_a_program_that_does_not_listen_runs_out_of_time() -> None:
 
 
 # ---------------------------------------------------------------- reading tests
+
+
+def test_tests_that_are_nested_too_deep_have_no_verdict() -> None:
+    deep = "def check(candidate):\n    x = " + "1 + " * 600 + "1\n    assert candidate(600) == x\n"
+    outcome = Program(honest).judged(deep)
+    assert (outcome.passed, outcome.reason[:23]) == (None, "tests: maximum recursio")
 
 
 def test_names_that_tests_do_not_define_are_found() -> None:

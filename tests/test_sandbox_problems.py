@@ -29,6 +29,14 @@ MBPP = {
     "test_list": ["assert length(root) == 2", "assert length(None)==0"],
     "challenge_test_list": [],
 }
+PAIRS = {  # as number 601: the tests make objects of the program's, and give them back
+    "task_id": 601,
+    "text": "Write a function to find the longest chain of pairs.",
+    "code": "class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a = a\r\n\t\tself.b = b\r\n"
+    "def longest(arr, n):\r\n\treturn 1 + sum(x.b < y.a for x, y in zip(arr[:n], arr[1:n]))",
+    "test_setup_code": "",
+    "test_list": ["assert longest([Pair(5, 24), Pair(15, 25), Pair(27, 40), Pair(50, 60)], 4) == 3"],
+}
 SANITIZED = {
     "source_file": "Benchmark Questions Verification V2.ipynb",
     "task_id": 8,
@@ -64,7 +72,7 @@ def written(folder: pathlib.Path, *lines: dict[str, Any], name: str = "problems.
     return path
 
 
-@pytest.mark.parametrize("fields", [HUMANEVAL, MBPP, SANITIZED, PLAIN, BEGUN])
+@pytest.mark.parametrize("fields", [HUMANEVAL, MBPP, PAIRS, SANITIZED, PLAIN, BEGUN])
 def test_solutions_pass_and_nothing_else_does(sandbox: Sandbox, tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
     (problem,) = read_problems(written(tmp_path, fields))
     head = "" if problem.prefix else f"def {problem.entry_point}(*a):\n"
@@ -83,6 +91,11 @@ def test_fields_are_read(tmp_path: pathlib.Path) -> None:
     assert (plain.prefix, plain.timeout) == ("", 2.0)
     assert (begun.prefix, begun.timeout) == ("def add(a, b):\n", 1)
     assert begun.program(begun.solution) == Program("def add(a, b):\n    return a + b", [[[1, 2], 3]], "add", 1)
+
+
+def test_a_form_feed_is_no_line(tmp_path: pathlib.Path) -> None:
+    (problem,) = read_problems(written(tmp_path, {**HUMANEVAL, "prompt": "\f\n" + HUMANEVAL["prompt"]}))
+    assert problem.tests.startswith("\f\nimport math\n\ndef double(x):\n    return 2 * x\n\n\ndef check(candidate):")
 
 
 def test_compressed_files_and_lists_are_read(tmp_path: pathlib.Path) -> None:
@@ -110,7 +123,11 @@ def test_compressed_files_and_lists_are_read(tmp_path: pathlib.Path) -> None:
         (json.dumps({**HUMANEVAL, "prompt": "def halve(x:"}), "problems.jsonl, line 2: prompt: "),
         (json.dumps({**MBPP, "test_list": "assert 1"}), "problems.jsonl, line 2: test_list must be a list of strings"),
         (json.dumps({**MBPP, "test_list": ["assert other(1)"]}), "calls none of the functions that code defines"),
-        (json.dumps({**MBPP, "code": "def length(x) return"}), "problems.jsonl, line 2: code or test_list: "),
+        (json.dumps({**MBPP, "test_list": [f"assert {'-' * 20_000}length(1)"]}), "test_list: it is nested too deep"),
+        (json.dumps({**MBPP, "test_list": [f"assert length(1) == {'1 + ' * 600}1"]}), "test_list: it is nested too"),
+        (json.dumps({**PLAIN, "tests": f"def check(f): assert {'-' * 20_000}1"}), "line 2: tests: it is nested too"),
+        ('{"a": ' * 100_000, "problems.jsonl, line 2 is no JSON"),
+        (json.dumps({**MBPP, "code": "def length(x) return"}), "problems.jsonl, line 2: code: "),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: pathlib.Path, line: str, sentence: str) -> None:
@@ -126,6 +143,11 @@ def test_a_bad_file_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.jsonl can not be read"):
         read_problems(tmp_path / "nowhere.jsonl")
     (tmp_path / "x.jsonl.gz").write_bytes(b"plain")
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz can not be read"):
+        read_problems(tmp_path / "x.jsonl.gz")
+    damaged = bytearray(gzip.compress(bytes(range(256))))
+    damaged[12:40] = damaged[12:40][::-1]
+    (tmp_path / "x.jsonl.gz").write_bytes(damaged)
     with pytest.raises(UserError, match=r"x\.jsonl\.gz can not be read"):
         read_problems(tmp_path / "x.jsonl.gz")
     (tmp_path / "empty.jsonl").write_text("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import pathlib
@@ -143,6 +144,16 @@ def test_workers_run_side_by_side(sandbox: Sandbox) -> None:
 # ---------------------------------------------------------------- bad input
 
 
+def nested(depth: int) -> object:
+    return [nested(depth - 1)] if depth else 1
+
+
+def test_what_is_nested_as_deep_as_it_may_be_is_judged(sandbox: Sandbox) -> None:
+    tests = [((nested(146),), nested(146))]
+    program = Program("def f(x):\n    return x", tests, "f", timeout=86_400, memory_mb=1 << 20)
+    assert [v.reason for v in sandbox.check([program])] == ["passed"]
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -153,10 +164,16 @@ def test_workers_run_side_by_side(sandbox: Sandbox) -> None:
         ({"tests": [(1, 2)]}, r"tests\[0\] must be \(arguments, expected\)"),
         ({"tests": [((1, 2),)]}, r"tests\[0\] must be \(arguments, expected\)"),
         ({"tests": [((1, 2), 3), ((1, object()), 3)]}, r"tests\[1\]: object is not plain data"),
+        ({"tests": [((iter([1]), 2), 3)]}, r"tests\[0\]: list_iterator is not plain data"),
+        ({"tests": [((1, 2), {1: {2: 3}.values()})]}, r"tests\[0\]: dict_values is not plain data"),
+        ({"tests": [((nested(147), 2), 3)]}, r"tests\[0\]: nested more than 150 deep"),
         ({"entry_point": "a b"}, "entry_point is 'a b'"),
+        ({"entry_point": "class"}, "entry_point is 'class'"),
         ({"timeout": 0.0}, "timeout is 0.0"),
         ({"timeout": math.inf}, "timeout is inf"),
+        ({"timeout": 3e6}, "timeout is 3000000.0; it must be a number above 0, at most 86400"),
         ({"memory_mb": -1.0}, "memory_mb is -1.0"),
+        ({"memory_mb": 1e13}, "memory_mb is 10000000000000.0; it must be a number above 0, at most 1048576"),
     ],
 )
 def test_a_program_that_is_none_is_refused_before_any_runs(fields: dict[str, object], sentence: str) -> None:
@@ -164,6 +181,24 @@ def test_a_program_that_is_none_is_refused_before_any_runs(fields: dict[str, obj
     bad = Program(**{"code": ADD, "tests": PAIRS, "entry_point": "add", **fields})  # type: ignore[arg-type]
     with Sandbox(1, "seccomp") as sandbox, pytest.raises(UserError, match=f"program 1: {sentence}"):
         sandbox.check([good, bad])
+
+
+def test_what_is_no_program_is_told() -> None:
+    validate = inspect.unwrap(module.validate)  # without the types that only tests check
+    with pytest.raises(UserError, match="program 0 is a dict; it must be a Program"):
+        validate({"code": ADD}, "program 0")
+
+
+def test_a_closed_sandbox_says_so() -> None:
+    with Sandbox(1, "seccomp") as sandbox:
+        stream = sandbox.stream(Program(ADD, PAIRS, "add") for _ in range(100))
+        assert next(stream).passed
+    for verdicts in (stream, sandbox.stream([Program(ADD, PAIRS, "add")])):
+        with pytest.raises(UserError, match="the sandbox is closed"):
+            for _ in verdicts:
+                pass
+    with pytest.raises(UserError, match="the sandbox is closed"):
+        one(sandbox, ADD)
 
 
 def test_a_sandbox_that_makes_no_sense_is_refused() -> None:

@@ -210,6 +210,22 @@ def test_errors_depend_on_document_and_seed_alone() -> None:
         broken("x = 1\n", random.Random(0), {"typo": 1.0})
 
 
+def test_a_text_without_a_place_for_an_error_has_none() -> None:
+    for text in ("", "x\n", "x"):
+        assert broken(text, random.Random(0), {"indentation": 1.0}) is None
+    for shares in ({}, {"indentation": 0.0}, {"indentation": 1.0, "assigned": -1.0}):
+        with pytest.raises(UserError, match="they must be numbers from 0, at least one above it"):
+            broken("x = 1\n", random.Random(0), shares)
+
+
+def test_a_form_feed_is_no_line() -> None:
+    first, second = "def f(x):\n    '\f'\n    return x\n", "def g(x):\n    y = 1\n    return x\n"
+    assert set(functions(f"import a\n\f\n{first}\n{second}", 30)) == {first, second}
+    case = broken(first, random.Random(0), {"bracket dropped": 1.0})
+    assert case is not None
+    assert (case.line, case.mended(case.original)) == (0, first)
+
+
 def test_repairs_are_a_source_of_their_own_and_only_what_mends_counts(folder: pathlib.Path, tmp_path) -> None:
     cfg = config(folder, special_tokens=SPECIAL, repair=RepairConfig(share=0.3))
     corpus = prepared(cfg, STRUCTURE, tmp_path)

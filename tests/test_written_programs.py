@@ -110,6 +110,16 @@ def test_what_has_no_verdict_is_left_out() -> None:
     assert report["pass_at_k"]["1"]["value"] == 1
     assert report["pass_at_k"]["1"]["num_tasks"] == 1
     assert report["without_verdict"] == 1
+    asked = [Asked(CIRCLE, "list 1"), Asked(CIRCLE, "dict 1")]
+    assert set(figures(cfg, asked, [[code], [code]], [[right], [none]])["by_kind"]) == {"list 1"}
+
+
+def test_a_solution_without_code_is_compared_with_nothing() -> None:
+    right, cfg = [[Verdict(True, 1, 1, "passed", 0.01)]] * 2, WrittenPrograms("tasks", k=(1,))
+    empty = Asked(dataclasses.replace(ADD, solution="# to be done\n"))
+    alone = figures(cfg, [empty] * 2, [[ADD.solution]] * 2, right)
+    assert (alone["bleu"], alone["code_bleu"]) == (None, None)
+    assert figures(cfg, [empty, Asked(ADD)], [["x = 1"], [ADD.solution]], right)["code_bleu"] == 1
 
 
 def test_problems_of_the_package() -> None:

@@ -48,7 +48,7 @@ def deduplicate(documents: Sequence[Document], threshold: float = 0.7) -> Dedup:
 
     Args:
         documents: any number of documents; their shingles are all held in memory.
-        threshold: Jaccard similarity in (0, 1] from which two documents count as the same.
+        threshold: Jaccard similarity in (0, 1] from which two documents count as the same; 1: equal texts alone.
     """
     shingle = Shingles()
     sets = [shingle(document.text) for document in documents]
@@ -73,7 +73,8 @@ def find_duplicates(
         shingles_of: the sorted shingles of text i, from :class:`Shingles`; empty if it has no token. Asked for again
             and again of texts that are alike.
         signature_of: the :func:`signature` of text i. Asked for once at the most.
-        threshold: Jaccard similarity in (0, 1] from which two texts count as the same.
+        threshold: Jaccard similarity in (0, 1] from which two texts count as the same. 1: those with equal keys alone;
+            equal sets of shingles are not enough, which texts have that differ in white space or in repetitions.
     """
     order = sorted(range(len(keys)), key=lambda i: (*keys[i], i))
     rank = {index: place for place, index in enumerate(order)}  # breaks ties by content, not by input order
@@ -91,7 +92,7 @@ def find_duplicates(
             partner[index] = dataclasses.replace(stand_in, dropped=index)
             continue
         previous = index
-        buckets = _buckets(signature_of(index), rows, tables)
+        buckets = _buckets(signature_of(index), rows, tables) if threshold < 1 else []
         candidates = sorted(set(itertools.chain(*buckets)), key=rank.__getitem__)
         found = _most_similar(shingles_of, index, candidates)
         if found is not None and found.similarity >= threshold:
@@ -127,7 +128,9 @@ class _TokenHashes(dict[str, int]):
     """64-bit hash of each distinct token; Python's own hash() of a string differs from process to process."""
 
     def __missing__(self, token: str) -> int:
-        value = int.from_bytes(hashlib.blake2b(token.encode(), digest_size=8).digest(), "little")
+        value = int.from_bytes(
+            hashlib.blake2b(token.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+        )
         self[token] = value
         return value
 

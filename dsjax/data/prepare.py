@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Raise when the same inputs give other arrays (a new split rule, another format): old caches are then left alone.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 # Raise when the same arrays give other rows (pipeline.py): old runs then refuse to resume.
 _ROWS_VERSION = 1
 # Token files up to this many bytes (some seconds of SHA-256) are read through at the start, where damage can be
@@ -50,7 +50,7 @@ class DataConfig:
     end_token: name of the document boundary, in either.
     special_tokens: further special tokens of a trained tokenizer.
     held_out_share: expected share of documents held out, chosen by content hash.
-    near_duplicate_threshold: Jaccard similarity from which one of two documents is dropped.
+    near_duplicate_threshold: Jaccard similarity from which one of two documents is dropped; 1 drops exact copies only.
     max_damaged_share: share of the records found that may be damaged; more of them stop the run.
     seq_len: tokens in a row.
     batch_size: rows in a step, over all hosts.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dsjax.data.build.syntax import parsed
+from dsjax.data.build.syntax import lines_of, parsed
 from dsjax.data.prepare import HeldOut
 
 
@@ -39,16 +39,17 @@ def function_prompts(documents: Sequence[HeldOut], limit: int, seed: int = 0) ->
         tree = _parse(document.text)
         if tree is None:
             continue
-        lines = document.text.splitlines(keepends=True)
+        lines = lines_of(document.text)
         for node in ast.walk(tree):
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
             first = node.body[0]
             documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
             begins = node.body[1] if documented and len(node.body) > 1 else first
-            if begins.lineno == node.lineno or (documented and len(node.body) == 1):
+            if _shares_its_line(begins, lines) or (documented and len(node.body) == 1):
                 continue
-            start, body = node.lineno - 1, begins.lineno - 1 - len(getattr(begins, "decorator_list", []))
+            decorators = getattr(begins, "decorator_list", [])
+            start, body = node.lineno - 1, min(n.lineno for n in (begins, *decorators)) - 1
             found.append(
                 FunctionPrompt(
                     name=f"{document.name}:{node.name}",
@@ -60,6 +61,11 @@ def function_prompts(documents: Sequence[HeldOut], limit: int, seed: int = 0) ->
             )
     order = np.random.default_rng(seed).permutation(len(found))[:limit]
     return [found[i] for i in order]
+
+
+def _shares_its_line(node: ast.stmt, lines: Sequence[str]) -> bool:
+    """Whether a signature, or another statement, ends in front of it."""
+    return bool(lines[node.lineno - 1].encode()[: node.col_offset].strip())
 
 
 def parses(prompt: FunctionPrompt, body: str) -> bool:

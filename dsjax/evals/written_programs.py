@@ -19,6 +19,7 @@ from dsjax.config import UserError, validate
 from dsjax.data.tasks import stream
 from dsjax.evals.code_bleu import code_bleu
 from dsjax.evals.code_scores import bleu, combined_score, score
+from dsjax.evals.code_trees import parse, tokens
 from dsjax.evals.pass_at_k import PassAtK, estimate
 from dsjax.infer.batching import Engine
 from dsjax.infer.command import template_of
@@ -266,25 +267,27 @@ def figures(
         "reasons": dict(collections.Counter(v.reason.split(":")[0] for _, v in pairs).most_common()),
     }
     report |= _likeness(asked, codes)
-    kinds = dict.fromkeys(a.kind for a in asked if a.kind)
-    if kinds:
-        by_kind = {
-            kind: estimate([c for a, c in zip(asked, counts, strict=True) if a.kind == kind and c[0]], 1)
-            for kind in kinds
-        }
-        report["by_kind"] = {kind: dataclasses.asdict(found) for kind, found in by_kind.items()}
+    by_kind: dict[str, list[tuple[int, int]]] = {}
+    for a, count in zip(asked, counts, strict=True):
+        if a.kind and count[0]:
+            by_kind.setdefault(a.kind, []).append(count)
+    if by_kind:
+        report["by_kind"] = {kind: dataclasses.asdict(estimate(own, 1)) for kind, own in by_kind.items()}
     return report
 
 
 def _likeness(asked: Sequence[Asked], codes: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """BLEU and CodeBLEU of each problem's first program beside its solution, where files tell one."""
+    """BLEU and CodeBLEU of each problem's first program beside its solution, where files tell one that holds code."""
+    nothing = {"bleu": None, "code_bleu": None}
+    if any(importlib.util.find_spec(name) is None for name in ("sacrebleu", "tree_sitter_python")):
+        return nothing
     both = [
         (_added(a.problem, written[0]), a.problem.solution)
         for a, written in zip(asked, codes, strict=True)
-        if a.problem.solution
+        if tokens(parse(a.problem.solution))
     ]
-    if not both or any(importlib.util.find_spec(name) is None for name in ("sacrebleu", "tree_sitter_python")):
-        return {"bleu": None, "code_bleu": None}
+    if not both:
+        return nothing
     ours, theirs = zip(*both, strict=True)
     return {"bleu": bleu(ours, theirs), "code_bleu": code_bleu(ours, theirs).score}
 

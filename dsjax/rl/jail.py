@@ -207,6 +207,8 @@ def confine(control: socket.socket, channel: int, limits: dict[str, Any], code: 
 
 # ---------------------------------------------------------------- the program; from here on it may change all there is
 
+KEPT: list[Any] = []  # what was no plain data, in order; the judge may name its number as an argument
+
 
 def answer() -> NoReturn:
     """Loads the program, then answers calls with what its functions return or raise."""
@@ -253,7 +255,8 @@ class TooDeep:
 
 
 def otherwise(x: Any) -> Any:
-    """What is sent for an object that is not plain data: as which it would compare, or else only its type and truth."""
+    """What is sent for an object that is not plain data: as which it would compare, or else only its type, its truth
+    and its number among those kept here."""
     for kind, copy in BASES.items():
         if isinstance(x, kind) and type(x).__eq__ is kind.__eq__:
             return plain.encode(copy(x), otherwise)
@@ -261,7 +264,8 @@ def otherwise(x: Any) -> Any:
         true = bool(x)
     except BaseException:
         true = True
-    return {"opaque": [exactly(type(x).__name__), true]}
+    KEPT.append(x)
+    return {"opaque": [exactly(type(x).__name__), true, len(KEPT) - 1]}
 
 
 # Read by the type's own methods, whatever a subclass says; a named tuple, say, compares as the tuple that it is.
@@ -294,7 +298,9 @@ def exactly(text: str) -> str:
 def receive(missing: list[str]) -> Any:
     """The judge's next message; ends the process when there will be none. Adds names that the program has not."""
 
-    def named(_: str, name: str) -> Any:
+    def named(kind: str, name: Any) -> Any:
+        if kind == "kept":
+            return KEPT[name]
         names = sys.modules["program"].__dict__
         return names[name] if name in names else missing.append(name)
 

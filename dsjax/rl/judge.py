@@ -34,6 +34,7 @@ EXCEPTIONS = {
     for name, kind in vars(builtins).items()
     if isinstance(kind, type) and issubclass(kind, BaseException) and not issubclass(kind, BaseExceptionGroup)
 }
+ENDINGS = (StopIteration, StopAsyncIteration, GeneratorExit)  # what loops, map and generators take for an end
 
 
 class Ended(BaseException):
@@ -99,7 +100,11 @@ class Remote:
             raise Ended(self.ended)
         number = secrets.token_hex(8)  # an answer that was sent before the question can not name it
         call = {"id": number, "name": name, "arguments": list(arguments), "keywords": keywords}
-        self._send(plain.pack(call, _reference))
+        try:
+            message = plain.pack(call, self._reference)
+        except RecursionError:
+            raise Unfit("arguments are made of too many objects, one of another") from None
+        self._send(message)
         reply = self._receive()
         if reply.get("id") != number:
             self.end("protocol: an answer to another question")
@@ -121,7 +126,7 @@ class Remote:
         if size > MOST_ANSWER:
             self.end(f"output: an answer of more than {MOST_ANSWER >> 20} MiB")
         try:
-            reply = plain.unpack(self._read(size), _unknown)
+            reply = plain.unpack(self._read(size), self._opaque)
         except plain.Malformed:
             self.end("protocol: no message")
         if type(reply) is not dict:
@@ -182,6 +187,22 @@ class Remote:
         own_name = names[0] if names[0].isidentifier() and len(names[0]) < 60 else kind.__name__
         return kind.__new__(kind, text), own_name  # without __init__: some want more arguments
 
+    def _opaque(self, kind: str, body: Any) -> Opaque:
+        if kind != "opaque" or type(body) is not list or list(map(type, body)) != [str, bool, int]:
+            raise plain.Malformed(kind)
+        name, true, number = body
+        return Opaque(name, true, {self: number})
+
+    def _reference(self, x: Any) -> dict[str, Any]:
+        if type(x) is Name:
+            return {"name": x.name}
+        if type(x) is Opaque:
+            if x.made is not None and self not in x.kept:
+                like = self.call(*x.made).get("value")
+                x.kept |= like.kept if type(like) is Opaque else {}
+            return {"kept": x.kept[self]} if self in x.kept else {"name": f"<{x.kind}>"}  # by which there is nothing
+        raise Unfit(f"an argument of type {type(x).__name__} is not plain data")
+
 
 def waited_for_processor(pid: int | str) -> float:
     """Seconds in which a process was ready to run and did not, since it began; 0 where the kernel does not say."""
@@ -192,10 +213,17 @@ def waited_for_processor(pid: int | str) -> float:
 
 
 class Opaque:
-    """In place of an answer that is not plain data: equal to nothing, and as true as it says."""
+    """In place of an answer that is not plain data: equal to nothing, and as true as it says.
 
-    def __init__(self, kind: str, true: bool) -> None:
-        self.kind, self.true = kind, true
+    ``kept`` has the processes that hold the object itself, each with its number there: to them it may be an argument.
+    ``made`` is the call that made it, if another process may make its like: name, arguments, keywords.
+    """
+
+    __slots__ = ("kept", "kind", "made", "true")  # tests can not set an attribute, which the object would not have
+
+    def __init__(self, kind: str, true: bool, kept: dict[Remote, int]) -> None:
+        self.kind, self.true, self.kept = kind, true, kept
+        self.made: tuple[str, tuple[Any, ...], dict[str, Any]] | None = None
 
     def __eq__(self, other: object) -> bool:
         return False
@@ -203,7 +231,7 @@ class Opaque:
     def __bool__(self) -> bool:
         return self.true
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = object.__hash__  # it may be in a set, or be a key
 
 
 class Name:
@@ -216,29 +244,22 @@ class Name:
         return self.answers(self.name, arguments, keywords)
 
 
-def _reference(x: Any) -> dict[str, str]:
-    if type(x) is Name:
-        return {"name": x.name}
-    if type(x) is Opaque:
-        raise TypeError(f"an answer that is a {x.kind} can not be an argument")
-    raise Unfit(f"an argument of type {type(x).__name__} is not plain data")
-
-
-def _unknown(kind: str, body: Any) -> Opaque:
-    if kind != "opaque" or type(body) is not list or list(map(type, body)) != [str, bool]:
-        raise plain.Malformed(kind)
-    return Opaque(*body)
-
-
 class Answers:
     """What tests call: the program, and beside it a second process with what stands in front of the entry point.
 
     Tests may use functions that a prompt gives (HumanEval/32, 38, 50). A program that redefines them must not be
-    asked, so they are called where nothing else of the program runs.
+    asked, so they are called where nothing else of the program runs. An object that they make there is made anew in the
+    program's process once it is an argument, and not before: it may hold what the tests expect.
+
+    ``source`` is that of the tests. A StopIteration that it does not name becomes a RuntimeError, as that of a
+    generator does (PEP 479): ``map`` would end by it, and what follows would not be asserted.
     """
 
-    def __init__(self, entry_point: str, program: Remote, prompt: Remote | None, patience: float) -> None:
+    def __init__(
+        self, entry_point: str, program: Remote, prompt: Remote | None, patience: float, source: str = ""
+    ) -> None:
         self.entry_point, self.program, self.prompt, self.patience = entry_point, program, prompt, patience
+        self.source = source
         self.calls = 0
         self.came: list[tuple[BaseException, str]] = []  # exceptions from the program, with their own names
 
@@ -248,6 +269,8 @@ class Answers:
         reply: dict[str, Any] = {"missing": True}
         if self.prompt is not None and name != self.entry_point:
             reply = self.prompt.call(name, arguments, keywords)
+            if type(reply.get("value")) is Opaque:
+                reply["value"].made = name, arguments, keywords
         if "missing" in reply:
             reply = self.program.call(name, arguments, keywords)
         if "missing" in reply:
@@ -255,6 +278,8 @@ class Answers:
         if "value" in reply:
             return reply["value"]
         error, own_name = self.program.exception(reply)
+        if isinstance(error, ENDINGS) and type(error).__name__ not in self.source:
+            error = RuntimeError(f"the program raised {type(error).__name__}")
         self.came.append((error, own_name))
         raise error
 
@@ -307,7 +332,10 @@ class Checks:
     def run(self, answers: Answers, *, go_on: bool) -> tuple[Outcome, BaseException | None]:
         """Calls ``check``, and counts its assertions; with ``go_on`` those that fail do not end it."""
         counting = _Counting(go_on)
-        tree = ast.fix_missing_locations(counting.visit(ast.parse(self.source)))
+        try:
+            tree = ast.fix_missing_locations(counting.visit(ast.parse(self.source)))
+        except RecursionError as deep:
+            raise Unfit(str(deep)) from None
         reached, held = [0] * len(counting.certain), [0] * len(counting.certain)
 
         def count(counts: list[int], assertion: int) -> None:
@@ -381,7 +409,7 @@ def run_pairs(pairs: list[Any], answers: Answers) -> Outcome:
         reason = ""
         try:
             answer = answers(answers.entry_point, tuple(arguments), {})
-            if not (answer == expected or _not_a_number_twice(answer, expected)):
+            if [answer] != [expected]:  # lists, in which the one NaN of ``plain`` is equal to itself
                 reason = "wrong answer"
         except Ended as ended:
             outcome.reason = outcome.reason or str(ended)
@@ -394,14 +422,6 @@ def run_pairs(pairs: list[Any], answers: Answers) -> Outcome:
         outcome.reason = outcome.reason or reason
     outcome.passed = outcome.tests_passed == outcome.tests_total
     return outcome
-
-
-def _not_a_number_twice(answer: Any, expected: Any) -> bool:
-    """Whether they are the same but for NaN, which equals nothing."""
-    try:
-        return plain.encode(answer) == plain.encode(expected)
-    except plain.NotPlain:
-        return False
 
 
 def run_checks(checks: Checks, answers: Answers, report: Callable[[Outcome], None]) -> Outcome:
@@ -431,7 +451,7 @@ def judge(request: dict[str, Any], program: Remote, prompt: Remote | None, repor
     checks = Checks(tests) if isinstance(tests, str) else None
     outcome = Outcome(tests_total=len(tests) if checks is None else checks.least_total)
     patience = request["timeout"] + OWN_SECONDS
-    answers = Answers(entry_point, program, prompt, patience)
+    answers = Answers(entry_point, program, prompt, patience, "" if checks is None else checks.source)
     end_after(patience)
     report(dataclasses.replace(outcome, reason="infrastructure: a process did not start"))
     try:

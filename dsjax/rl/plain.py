@@ -5,8 +5,11 @@ is an object with one key, which says what it is: {"tuple": [1, 2]}, {"int": "-1
 So a JSON object is never a dict of Python's, and nothing can pretend to be something else.
 
 Types count exactly: an object of a subclass may lie about what it equals. Of Python's own types beyond the plain ones
-fractions, decimals, views of dicts and those of ``collections`` travel too (a defaultdict as a dict), and iterators, as
-iterators over what they would have given. This file is read by the program's process too, and imports nothing of ours.
+fractions, decimals, views of dicts and those of ``collections`` travel too (a defaultdict as a dict). Iterators, which
+sending uses up, travel where ``other`` is given, as iterators over what they would have given; so do the values of a
+dict, which equal nothing but themselves. NaN is one object wherever it arrives, so a list of it equals another.
+
+This file is read by the program's process too, and imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -47,7 +50,10 @@ def unpack(body: bytes, other: Callable[[str, Any], Any] | None = None) -> Any:
 
 
 def encode(x: Any, other: Callable[[Any], Any] | None = None, depth: int = 0) -> Any:
-    """``x`` as JSON has it. Raises ``NotPlain`` for what is not plain data, unless ``other`` says something instead."""
+    """``x`` as JSON has it. Raises ``NotPlain`` for what is not plain data, unless ``other`` says something instead.
+
+    ``depth`` is the number of containers around it.
+    """
     kind = type(x)
     if x is None or kind is bool:
         return x
@@ -69,6 +75,8 @@ def encode(x: Any, other: Callable[[Any], Any] | None = None, depth: int = 0) ->
         return {"range": [encode(x.start), encode(x.stop), encode(x.step)]}
     if depth == MOST_NESTED:
         raise NotPlain(f"nested more than {MOST_NESTED} deep")
+    if other is None and (kind is _VALUES or hasattr(kind, "__next__")):
+        raise NotPlain(f"{kind.__name__} is not plain data")
     if kind is list or kind in _SEQUENCES:
         items = list(x) if _all_simple(x) else [encode(item, other, depth + 1) for item in x]
         return items if kind is list else {_SEQUENCES[kind]: items}
@@ -121,10 +129,18 @@ def _list(x: Any) -> list[Any]:
     return x
 
 
+def _one_nan(x: Any) -> Any:
+    """``x``; of NaN, which equals nothing, one object for each way to write it, as which containers find it equal."""
+    text = repr(x)
+    return _NANS.setdefault(text, x) if "nan" in text.lower() else x
+
+
+_NANS: dict[str, Any] = {}
 _NESTED = {list, dict}
+_VALUES: type = type({}.values())
 _SEQUENCES: dict[type, str] = {
     **{tuple: "tuple", set: "set", frozenset: "frozenset", collections.deque: "deque"},
-    **{type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"},
+    **{type({}.keys()): "keys", _VALUES: "values", type({}.items()): "items"},
 }
 _MAPPINGS: dict[type, str] = {
     dict: "dict",
@@ -149,13 +165,13 @@ _MAKE_MAPPING: dict[str, Callable[[dict[Any, Any]], Any]] = {
 }
 _MAKE_SCALAR: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
-    "float": float,
+    "float": lambda text: _one_nan(float(text)),
     "str": lambda text: bytes.fromhex(text).decode("utf-8", "surrogatepass"),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
-    "Decimal": lambda text: decimal.Decimal(_string(text)),
+    "Decimal": lambda text: _one_nan(decimal.Decimal(_string(text))),
     "Fraction": lambda parts: fractions.Fraction(*(decode(part) for part in _list(parts))),
-    "complex": lambda parts: complex(*(_number(decode(part)) for part in _list(parts))),
+    "complex": lambda parts: _one_nan(complex(*(_number(decode(part)) for part in _list(parts)))),
     "range": lambda parts: range(*(decode(part) for part in _list(parts))),
 }
 

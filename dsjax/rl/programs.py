@@ -23,11 +23,13 @@ import gzip
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from dsjax.config import UserError
-from dsjax.rl.sandbox import Program, validate
+from dsjax.data.build.syntax import lines_of
+from dsjax.rl.sandbox import TOO_DEEP, Program, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,26 +84,24 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} can not be read: {error}") from None
     if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path} is no JSON: {error}") from None
-        found = [(f"{path}, item {i}", item) for i, item in enumerate(items)]
+        found = [(f"{path}, item {i}", item) for i, item in enumerate(_json(str(path), text))]
     else:
-        found = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    found.append((f"{path}, line {number}", json.loads(line)))
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number} is no JSON: {error}") from None
+        lines = enumerate(text.split("\n"), 1)
+        found = [(where := f"{path}, line {number}", _json(where, line)) for number, line in lines if line.strip()]
     for where, item in found:
         if not isinstance(item, dict):
             raise UserError(f"{where} is a {type(item).__name__}; a problem is a JSON object")
         yield where, item
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON: {error}") from None
 
 
 def _problem(where: str, fields: dict[str, Any]) -> Problem:
@@ -121,26 +121,30 @@ def _humaneval(where: str, fields: dict[str, Any]) -> Problem:
 
 def _context(where: str, prompt: str, entry_point: str) -> str:
     """What stands in a prompt in front of its function: imports, and functions that tests may call."""
-    lines = prompt.splitlines(keepends=True)
-    try:
-        tree = ast.parse(prompt + "\n    pass\n")  # a prompt may end in a signature without a docstring
-    except SyntaxError as error:
-        raise UserError(f"{where}: prompt: {error.msg} in line {error.lineno}") from None
-    for node in tree.body:
+    lines = lines_of(prompt)
+    for node in _body(f"{where}: prompt", prompt + "\n    pass\n"):  # it may end in a signature without a docstring
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == entry_point:
             return "".join(lines[: min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1])
     raise UserError(f"{where}: prompt defines no function {entry_point}, which is the entry_point")
+
+
+def _body(where: str, code: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(code).body
+    except SyntaxError as error:
+        raise UserError(f"{where}: {error.msg} in line {error.lineno}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (RecursionError, MemoryError):
+        raise UserError(f"{where}: {TOO_DEEP}") from None
 
 
 def _mbpp(where: str, fields: dict[str, Any]) -> Problem:
     key = "text" if "text" in fields else "prompt"
     text, code, lines = _text(where, fields, key), _text(where, fields, "code", ""), _lines(where, fields, "test_list")
     setup = [_text(where, fields, "test_setup_code", ""), *_lines(where, fields, "test_imports", [])]
-    try:
-        body = ast.parse("\n".join(lines)).body
-        defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
-    except SyntaxError as error:
-        raise UserError(f"{where}: code or test_list: {error.msg} in line {error.lineno}") from None
+    body = _body(f"{where}: test_list", "\n".join(lines))
+    defined = {node.name for node in _body(f"{where}: code", code) if isinstance(node, ast.FunctionDef)}
     called = [
         n.func.id for item in body for n in ast.walk(item) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
     ]
@@ -152,7 +156,10 @@ def _mbpp(where: str, fields: dict[str, Any]) -> Problem:
     check = ast.parse("def check(candidate): pass").body[0]
     assert isinstance(check, ast.FunctionDef)
     check.body = body
-    tests = ast.unparse(check)
+    try:
+        tests = ast.unparse(check)
+    except RecursionError:
+        raise UserError(f"{where}: test_list: {TOO_DEEP}") from None
     name = f"MBPP/{fields.get('task_id', where)}"
     return Problem(name, text, "", "\n".join(filter(None, setup)), entry_points[0], tests, code)
 

@@ -16,12 +16,13 @@ import contextlib
 import dataclasses
 import functools
 import json
+import keyword
 import logging
-import math
 import os
 import platform
 import queue
 import sys
+import unicodedata
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -37,6 +38,9 @@ ATTEMPTS = 3  # at one program, when trouble is not its own
 START = 60.0  # seconds for a worker to start
 PATIENCE = 120.0, 20.0  # seconds, and times a program's timeout, after which a worker is given up
 AHEAD = 16  # programs that ``stream`` takes for each worker before it gives a verdict
+TOO_DEEP = "it is nested too deep"
+CLOSED = "the sandbox is closed; programs run within its with block, or before close()"
+MOST = {"timeout": 86_400, "memory_mb": 1 << 20}  # a day, a TiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +50,12 @@ class Program:
     Attributes:
         code: Python source that defines ``entry_point``.
         tests: source that defines ``check(candidate)``, as HumanEval has it, or a list of (arguments, expected): a
-            tuple or list of positional arguments, and the answer that must be equal.
+            tuple or list of positional arguments, and the answer that must be equal. No iterators: they give what they
+            have only once.
         entry_point: name of the function.
         timeout: seconds that the program may take, from its first line to its last answer, waiting for a processor
-            not counted.
-        memory_mb: MiB that it may map beside what the interpreter has.
+            not counted; at most a day.
+        memory_mb: MiB that it may map beside what the interpreter has; at most a TiB.
     """
 
     code: str
@@ -117,7 +122,8 @@ class Sandbox:
         self.close()
 
     def check(self, programs: Iterable[Program]) -> list[Verdict]:
-        """A verdict for each program, in their order. Raises ``UserError``, before any runs, if one is none."""
+        """A verdict for each program, in their order. Raises ``UserError``, before any runs, if one is none, and if the
+        sandbox is closed."""
         programs = list(programs)
         for i, program in enumerate(programs):
             validate(program, f"program {i}")
@@ -133,15 +139,20 @@ class Sandbox:
             for program in programs:
                 if len(waiting) == ahead:
                     yield waiting.popleft().result()
+                if not self.close.alive:
+                    raise UserError(CLOSED)
                 waiting.append(self._threads.submit(self._verdict, program))
             while waiting:
                 yield waiting.popleft().result()
+        except concurrent.futures.CancelledError:  # by ``close``
+            raise UserError(CLOSED) from None
         finally:
             for future in waiting:
                 future.cancel()
 
     def _verdict(self, program: Program) -> Verdict:
         request = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
+        request["entry_point"] = unicodedata.normalize("NFKC", program.entry_point)  # as Python reads names
         if not isinstance(program.tests, str):
             request["tests"] = [[list(arguments), expected] for arguments, expected in program.tests]
         message, reason = plain.pack(request), ""
@@ -251,14 +262,17 @@ def _validated(programs: Iterable[Program]) -> Iterator[Program]:
 
 def validate(program: Program, where: str) -> None:
     """Raises ``UserError``, which begins with ``where``, for a field that makes no sense."""
+    if not isinstance(program, Program):
+        raise UserError(f"{where} is a {type(program).__name__}; it must be a Program")
     if not isinstance(program.code, str):
         raise UserError(f"{where}: code is a {type(program.code).__name__}; it must be a string")
-    if not isinstance(program.entry_point, str) or not program.entry_point.isidentifier():
-        raise UserError(f"{where}: entry_point is {program.entry_point!r:.60}; it must be the name of a function")
-    for name in ("timeout", "memory_mb"):
-        value = getattr(program, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise UserError(f"{where}: {name} is {value!r}; it must be a number above 0")
+    name = program.entry_point
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise UserError(f"{where}: entry_point is {name!r:.60}; it must be the name of a function")
+    for field, most in MOST.items():
+        value = getattr(program, field)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+            raise UserError(f"{where}: {field} is {value!r}; it must be a number above 0, at most {most}")
     if isinstance(program.tests, str):
         complaint = _complaint(program.tests)
         if complaint:
@@ -275,7 +289,7 @@ def validate(program: Program, where: str) -> None:
         if not isinstance(test, (tuple, list)) or len(test) != 2 or not isinstance(test[0], (tuple, list)):
             raise UserError(f"{where}: tests[{k}] must be (arguments, expected), the arguments a tuple or list")
         try:
-            plain.encode(list(test))
+            plain.encode(list(test), depth=2)  # as deep as it is in a request
         except plain.NotPlain as error:
             raise UserError(f"{where}: tests[{k}]: {error}, so it can not travel between processes") from None
 
@@ -286,6 +300,8 @@ def _complaint(tests: str) -> str:
         Checks(tests)
     except SyntaxError as error:
         return f"{error.msg} in line {error.lineno}"
-    except (Unfit, ValueError, RecursionError, MemoryError) as error:
+    except (RecursionError, MemoryError):
+        return TOO_DEEP
+    except (Unfit, ValueError) as error:
         return str(error)
     return ""

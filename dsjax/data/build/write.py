@@ -96,7 +96,8 @@ def _document(
     parts = []
     for path, text in zip(paths, texts, strict=True):
         parts += [path_comment(path) if cfg.path_comments else "", text, "" if text.endswith("\n") else "\n"]
-    draw = random.Random(f"{cfg.seed}/{repository}/{paths[0]}")
+    seed = f"{cfg.seed}/{repository}/{paths[0]}"
+    draw = random.Random(seed.encode("utf-8", "surrogateescape"))  # as of the string; names may be any bytes
     python = all(path.lower().endswith(PYTHON) for path in paths)
     marked, done = fill_in_the_middle("".join(parts), python=python, cfg=cfg.fim, draw=draw)
     counts[f"fill-in-the-middle: {done}"] += 1

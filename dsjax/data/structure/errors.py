@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import io
 import itertools
 import keyword
+import math
 import random
 import tokenize
 import warnings
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 from dsjax.config import Bounds, PositiveInt, UserError
+from dsjax.data.build.syntax import lines_of
 
 BROKEN, REPAIR = "<|broken|>", "<|repair|>"
 
@@ -51,13 +52,13 @@ class Broken:
 
     def mended(self, line: str) -> str:
         """The text with another line in the place of the changed one."""
-        lines = self.text.splitlines(keepends=True)
+        lines = lines_of(self.text)
         return "".join([*lines[: self.line], line, *lines[self.line + 1 :]])
 
 
 def functions(text: str, max_lines: int) -> list[str]:
     """The functions of a Python file that are not longer, each moved to the first column; none if it does not parse."""
-    tree, lines, found = parsed(text), text.splitlines(keepends=True), []
+    tree, lines, found = parsed(text), lines_of(text), []
     for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None:
             own = lines[node.lineno - 1 : node.end_lineno]
@@ -83,16 +84,18 @@ def broken(text: str, rng: random.Random, shares: Mapping[str, float] | None = N
     """A text that parses with one error, of a kind drawn by ``shares``, that makes it not parse; None: none was found.
 
     Raises:
-        UserError: a kind that there is not.
+        UserError: a kind that there is not, or shares of which none is above 0.
     """
     shares = SHARES if shares is None else shares
     if unknown := set(shares) - set(_BREAK):
         raise UserError(f"there is no kind of error {min(unknown)!r}; there are {', '.join(_BREAK)}")
+    if min(shares.values(), default=0.0) < 0 or not 0 < sum(shares.values()) < math.inf:
+        raise UserError(f"the shares of errors are {dict(shares)}; they must be numbers from 0, at least one above it")
+    lines = lines_of(text)
     try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        tokens = list(tokenize.generate_tokens(iter(lines).__next__))
     except (tokenize.TokenError, SyntaxError):
         return None
-    lines = text.splitlines(keepends=True)
     for _ in range(tries):
         kind = rng.choices(list(shares), weights=list(shares.values()))[0]
         change = _BREAK[kind](tokens, lines, rng)
@@ -100,7 +103,7 @@ def broken(text: str, rng: random.Random, shares: Mapping[str, float] | None = N
             continue
         number, line = change
         result = Broken(kind, "".join([*lines[:number], line, *lines[number + 1 :]]), number, lines[number])
-        if line != lines[number] and len(line.splitlines()) == 1 and parsed(result.text) is None:
+        if line != lines[number] and len(lines_of(line)) == 1 and parsed(result.text) is None:
             return result
     return None
 
@@ -150,6 +153,8 @@ def _open_string(tokens: _Tokens, lines: Sequence[str], rng: random.Random) -> t
 
 
 def _other_indentation(tokens: _Tokens, lines: Sequence[str], rng: random.Random) -> tuple[int, str] | None:
+    if len(lines) < 2:
+        return None
     number = rng.randrange(1, len(lines))
     line = lines[number]
     indent = len(line) - len(line.lstrip(" "))
