@@ -19,25 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, Float, Int
 
 from dsjax.checkpoint import path_name
 from dsjax.config import UserError, apply_overrides, read_json, validate
-from dsjax.convert.families import config_from_hf
+from dsjax.convert.families import config_from_hf, longest_text
 from dsjax.convert.names import read_arrays
 from dsjax.data.chat import ChatTemplate
-from dsjax.data.hf_tokenizer import load_hf_tokenizer
+from dsjax.data.hf_tokenizer import load_hf_tokenizer, load_templates, stated_end_ids
 from dsjax.data.structure.scanner import Scanner
 from dsjax.data.structure.stored import scanner
-from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 from dsjax.infer.engine import generate, placed
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from dsjax.nn.fields import NUM_FIELDS
 from dsjax.nn.masks import Documents
-from dsjax.runs import RunFolder, load_model
+from dsjax.runs import RunFolder, load_variables
 from dsjax.sharding import (
+    MESH_AXES,
     MeshConfig,
     Rules,
     host_array_to_global,
@@ -126,23 +127,26 @@ class LoadedModel:
             tokens_BT: prompts, rows of an array or a list.
             max_new_tokens: of each row.
             temperature: 0: always the likeliest token.
-            stop_at_eos: from a token of ``end_ids`` on, a row holds only the first of those.
+            stop_at_eos: behind a token of ``end_ids``, a row holds only the first of those.
             top_k: sample from that many of the likeliest tokens; 0: from all.
             top_p: sample from the likeliest tokens of that total probability.
             min_p: sample from tokens of at least that share of the likeliest one's probability.
-            seed: of the choices.
+            seed: of the choices, below 2**32.
             mask_BT: 0 or False where a row has no token, at its start or end; None: it has one everywhere.
 
         Raises:
             UserError: a value out of range, or more positions than the model is meant for.
         """
-        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        settings: Any = (temperature, top_k, top_p, min_p)
+        sampling = SamplingConfig(*(x.item() if isinstance(x, np.generic) else x for x in settings))
         validate(sampling)
+        if not _is_whole(seed, 2**32 - 1):
+            raise UserError(f"seed is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
         tokens_BT, ids_BT = self._rows(tokens_BT, mask_BT)
         B, T = tokens_BT.shape
-        if max_new_tokens < 0 or T + max_new_tokens > self.max_length:
+        if not _is_whole(max_new_tokens, self.max_length - T):
             raise UserError(
-                f"max_new_tokens is {max_new_tokens}; with prompts of {T} tokens it must be from 0 to"
+                f"max_new_tokens is {max_new_tokens!r}; with prompts of {T} tokens it must be a whole number from 0 to"
                 f" {max(self.max_length - T, 0)}: the model is meant for {self.max_length} positions"
             )
         if max_new_tokens == 0:
@@ -153,12 +157,12 @@ class LoadedModel:
             self.graph,
             self.params,
             prompts + [prompts[-1]] * fill,
-            max_tokens=max_new_tokens,
+            max_tokens=int(max_new_tokens),
             end_id=end_id,
             end_ids=self.end_ids if stop_at_eos else (),
             max_length=self.max_length,
             sampling=sampling,
-            seed=seed,
+            seed=int(seed),
             mesh=self.mesh,
             scanners=() if self.config.structure is None else [self._scanner] * (B + fill),
         )
@@ -172,7 +176,10 @@ class LoadedModel:
 
     def _rows(self, tokens_BT: Any, mask_BT: Any) -> tuple[np.ndarray, np.ndarray]:
         """Ids, and 1 where a row has a token."""
-        tokens_BT = np.asarray(tokens_BT)
+        try:
+            tokens_BT = np.asarray(tokens_BT)
+        except ValueError:
+            raise UserError("tokens are rows of several lengths; fill them up and tell mask_BT where") from None
         if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
             raise UserError(f"tokens have shape {tokens_BT.shape}; they are rows of at least one token, (B, T)")
         if not np.issubdtype(tokens_BT.dtype, np.integer):
@@ -180,7 +187,11 @@ class LoadedModel:
         if tokens_BT.min() < 0 or tokens_BT.max() >= self.config.vocab_size:
             found = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
             raise UserError(f"there is a token {found}; the model has those from 0 to {self.config.vocab_size - 1}")
-        ids_BT = np.ones(tokens_BT.shape, np.int32) if mask_BT is None else (np.asarray(mask_BT) > 0).astype(np.int32)
+        mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
+        try:
+            ids_BT = (np.asarray(mask_BT) > 0).astype(np.int32)
+        except (ValueError, TypeError):
+            raise UserError("the mask has rows of several lengths, or something that is no number") from None
         if ids_BT.shape != tokens_BT.shape or not ids_BT.any(axis=1).all():
             raise UserError(
                 f"the mask has shape {ids_BT.shape}; it must have that of the tokens, and a token in each row"
@@ -207,6 +218,11 @@ class LoadedModel:
         return jax.jit(forward, out_shardings=replicated(self.mesh))
 
 
+def _is_whole(x: Any, most: int) -> bool:
+    """Whether it is a whole number, Python's or NumPy's, from 0 to ``most``."""
+    return isinstance(x, (int, np.integer)) and 0 <= int(x) <= most
+
+
 def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Mesh | MeshConfig | str | None = None) -> LoadedModel:
     """The model of a Hugging Face folder, or of a run's latest checkpoint.
 
@@ -214,10 +230,11 @@ def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Mesh | MeshConfig
         path: a folder with config.json and model.safetensors (or shards with an index), or a run.
         dtype: of weights and activations, float32 or bfloat16; None: bfloat16 if the weights are stored so, else
             float32.
-        mesh: devices: a mesh, or its sizes, ``"expert=4,tensor=2"``; None: the first device.
+        mesh: devices: a mesh of dsjax's axes, or its sizes, ``"expert=4,tensor=2"``; None: the first device.
 
     Raises:
-        UserError: there is no model, or one that dsjax can not express; the weights do not divide over the mesh.
+        UserError: there is no model, or one that dsjax can not express; the mesh is none, or the weights do not divide
+            over it.
     """
     path = pathlib.Path(path)
     if dtype is not None:
@@ -232,27 +249,36 @@ def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Mesh | MeshConfig
         raise UserError(f"there is no folder {path}")
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no model: it has no config.json")
-    if (path / "checkpoints").is_dir() or "model_type" not in read_json(path / "config.json"):
-        return _from_run(path, dtype, mesh)
-    return _from_hf(path, dtype, mesh)
-
-
-def _from_run(path: pathlib.Path, dtype: Any, mesh: Any) -> LoadedModel:
-    found = load_model(RunFolder(path))
-    compute = dataclasses.replace(found.config.compute, dtype=dtype or found.config.compute.dtype)
-    words = found.tokenizer
-    about: Any = (words, (words.end_id,), found.config.data.seq_len, {})
-    converted = path / "hf" / "files"  # of a run that was a Hugging Face folder: all but its weights
-    if (converted / "config.json").is_file():
-        about = _said_by(converted, read_json(converted / "config.json"))
-    model = _on_devices(found.config.model, compute, found.params, about, mesh)
-    return dataclasses.replace(model, cuts_prompts=any(source.marked for source in found.config.data.sources))
-
-
-def _from_hf(path: pathlib.Path, dtype: Any, mesh: Any) -> LoadedModel:
-    fields = read_json(path / "config.json")
+    fields, mesh = read_json(path / "config.json"), _mesh(mesh)
+    if (path / "checkpoints").is_dir() or (isinstance(fields, dict) and "model_type" not in fields):
+        return _from_run(RunFolder(path), dtype, mesh)
     if not isinstance(fields, dict):
         raise UserError(f"{path / 'config.json'} holds a {type(fields).__name__}, not an object")
+    return _from_hf(path, fields, dtype, mesh)
+
+
+def _from_run(run: RunFolder, dtype: Any, mesh: Mesh) -> LoadedModel:
+    _, variables, _ = load_variables(run)
+    config = run.read_config()
+    compute = dataclasses.replace(config.compute, dtype=dtype or config.compute.dtype)
+    model = _on_devices(config.model, compute, variables, _said_by_run(run, config), mesh)
+    return dataclasses.replace(model, cuts_prompts=any(source.marked for source in config.data.sources))
+
+
+def _said_by_run(run: RunFolder, config: Any) -> tuple[Any, ...]:
+    """What a run says beside weights; if it was a Hugging Face folder, what that says, whose tokenizer comes first."""
+    about: tuple[Any, ...] = (None, (), config.data.seq_len, {})
+    converted = run.path / "hf" / "files"  # all but weights
+    if (converted / "config.json").is_file():
+        about = _said_by(converted, read_json(converted / "config.json"))
+    tokenizer, end_ids, max_length, templates = about
+    if tokenizer is None and run.tokenizer.is_file():
+        tokenizer = load_tokenizer(run.tokenizer, end_token=config.data.end_token)
+        end_ids = tuple(dict.fromkeys((tokenizer.end_id, *end_ids)))
+    return tokenizer, end_ids, max_length, templates
+
+
+def _from_hf(path: pathlib.Path, fields: dict[str, Any], dtype: Any, mesh: Mesh) -> LoadedModel:
     files = TensorFiles(path)
     config = config_from_hf(fields, files)
     arrays = read_arrays(files, fields, config)
@@ -268,24 +294,31 @@ def _from_hf(path: pathlib.Path, dtype: Any, mesh: Any) -> LoadedModel:
 
 def _said_by(path: pathlib.Path, fields: dict[str, Any]) -> tuple[Any, ...]:
     """What a Hugging Face folder says beside weights: tokenizer, end ids, longest text, chat templates."""
-    tokenizer: Tokenizer | None = None
-    templates: Mapping[str, ChatTemplate] = {}
     if (path / "tokenizer.json").is_file():
         words = load_hf_tokenizer(path)
-        tokenizer, end_ids, templates = words.tokenizer, words.end_ids, words.templates
-    else:
-        stated = fields.get("eos_token_id")
-        end_ids = tuple(stated) if isinstance(stated, list) else () if stated is None else (stated,)
-    return (tokenizer, end_ids, int(fields.get("max_position_embeddings") or 2048), templates)
+        return words.tokenizer, words.end_ids, longest_text(fields), words.templates
+    return None, stated_end_ids(path), longest_text(fields), load_templates(path)
 
 
-def _on_devices(config: DecoderConfig, compute: ComputeConfig, variables: Any, about: Any, mesh: Any) -> LoadedModel:
+def _mesh(said: Any) -> Mesh:
+    """The devices to use, as :func:`load` is told of them."""
+    if said is None:
+        return make_mesh(MeshConfig(), jax.local_devices()[:1])
+    if isinstance(said, str):
+        said = apply_overrides(MeshConfig(data=1), [word for word in said.split(",") if word])
+    if isinstance(said, MeshConfig):
+        validate(said, "mesh")
+        return make_mesh(said)
+    if not isinstance(said, Mesh) or said.axis_names != MESH_AXES:
+        raise UserError(
+            f"mesh is {said!r}; it must be the sizes of axes, such as 'expert=4,tensor=2', or a mesh with the axes"
+            f" {', '.join(MESH_AXES)}"
+        )
+    return Mesh(said.devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))  # jax.make_mesh has others
+
+
+def _on_devices(config: DecoderConfig, compute: ComputeConfig, variables: Any, about: Any, mesh: Mesh) -> LoadedModel:
     tokenizer, end_ids, max_length, templates = about
-    if isinstance(mesh, str):
-        mesh = apply_overrides(MeshConfig(data=1), [word for word in mesh.split(",") if word])
-    if isinstance(mesh, MeshConfig):
-        mesh = make_mesh(mesh)
-    mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
     abstract = nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0)))
     graph, params, buffers = split_variables(abstract)
     rows = mesh.shape["data"] * mesh.shape["expert"]

@@ -200,19 +200,32 @@ class LoadedModel:
 
 
 def load_model(run: RunFolder) -> LoadedModel:
-    """The model of a run's latest checkpoint.
+    """The model of a run's latest checkpoint, with its tokenizer.
 
     Raises:
-        UserError: no run, no checkpoint, or one that does not fit.
+        UserError: no run, no checkpoint, no tokenizer, or one that does not fit.
+    """
+    graph, variables, step = load_variables(run)
+    config = run.read_config()
+    tokenizer = load_tokenizer(run.tokenizer, end_token=config.data.end_token)
+    return LoadedModel(graph, variables, tokenizer, config, step)
+
+
+def load_variables(run: RunFolder) -> tuple[Any, Any, int]:
+    """Graph, all variables and step of a run's latest checkpoint, which may have been converted without a tokenizer.
+
+    Raises:
+        UserError: no run, no checkpoint, or one that does not fit the config or the tokenizer that is there.
     """
     config = run.read_config()
     checkpoints = run.open_checkpoints()
-    tokenizer = load_tokenizer(run.tokenizer, end_token=config.data.end_token)
     arrays, _, step = checkpoints.load_numpy()
     if (base := run.base()) is not None:
         arrays |= _with_base(config, arrays, base)
-    if checkpoints.about(step).get("tokenizer_sha256") != hashlib.sha256(run.tokenizer.read_bytes()).hexdigest():
-        raise UserError(f"{run.tokenizer} is not the tokenizer that checkpoint {step} of {run.path} was trained with")
+    there = hashlib.sha256(run.tokenizer.read_bytes()).hexdigest() if run.tokenizer.is_file() else None
+    if checkpoints.about(step).get("tokenizer_sha256") != there:
+        said = "is not" if there else "is missing: it is"
+        raise UserError(f"{run.tokenizer} {said} the tokenizer that checkpoint {step} of {run.path} was trained with")
     abstract = nnx.eval_shape(lambda: Decoder(config.model, config.compute, rngs=nnx.Rngs(0)))
     graph, params, buffers = split_variables(abstract)
 
@@ -223,7 +236,7 @@ def load_model(run: RunFolder) -> LoadedModel:
         return jnp.asarray(arrays[name])
 
     found = jax.tree_util.tree_map_with_path(take, {"params": params, "buffers": buffers})
-    return LoadedModel(graph, joined(found["params"], found["buffers"]), tokenizer, config, step)
+    return graph, joined(found["params"], found["buffers"]), step
 
 
 def _with_base(config: Any, arrays: dict[str, np.ndarray], base: Base) -> dict[str, np.ndarray]:

@@ -246,6 +246,15 @@ def test_a_folder_says_what_begins_and_ends_a_text(tmp_path: pathlib.Path) -> No
     assert load_hf_tokenizer(tmp_path).tokenizer.begin_ids == ()
 
 
+def test_the_end_may_be_named_by_its_id_alone(tmp_path: pathlib.Path) -> None:
+    ids = {t["content"]: t["id"] for t in tokenizer_file(**ADDED)["added_tokens"]}
+    found = load_hf_tokenizer(write(tmp_path, **{"config.json": {"eos_token_id": ids[EOS]}}))
+    assert (found.tokenizer.end_id, found.end_ids) == (ids[EOS], (ids[EOS],))
+    write(tmp_path, **{"generation_config.json": {"eos_token_id": [ids["<|EOT|>"], ids[EOS]]}})  # counts before it
+    found = load_hf_tokenizer(tmp_path)
+    assert (found.tokenizer.end_id, found.end_ids) == (ids["<|EOT|>"], (ids["<|EOT|>"], ids[EOS]))
+
+
 def test_the_tokenizer_itself_may_put_a_token_in_front(tmp_path: pathlib.Path) -> None:
     content = tokenizer_file(**ADDED)
     bos = next(t["id"] for t in content["added_tokens"] if t["content"] == BOS)
@@ -276,6 +285,7 @@ def test_templates_by_name_in_the_config_or_in_files(tmp_path: pathlib.Path) -> 
     ("files", "sentence"),
     [
         ({}, "neither tokenizer_config.json nor special_tokens_map.json has an eos_token"),
+        ({"config.json": {"eos_token_id": 9999}}, "no eos_token_id of .* config.json is a special token"),
         ({"tokenizer_config.json": "[1]"}, "tokenizer_config.json: holds a list, not an object"),
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not JSON"),
         ({"tokenizer_config.json": {"eos_token": 3}}, "tokenizer_config.json: eos_token is 3; it must be a text"),

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import home
 
+import dsjax
 from dsjax.cli import main
 from dsjax.config import UserError
 from dsjax.convert.check import RunSide, logits
@@ -24,6 +25,7 @@ from dsjax.convert.command import Request, run
 from dsjax.convert.families import config_from_hf
 from dsjax.convert.names import read_arrays
 from dsjax.convert.run_tensors import RunTensors
+from dsjax.data.tokenizer import train_tokenizer
 from dsjax.runs import RunFolder, load_model
 from dsjax.tensor_files import TensorFiles
 
@@ -252,8 +254,6 @@ def test_a_converted_run_loads_like_any_other(tmp_path: pathlib.Path) -> None:
     """With the tokenizer of a run of ours, whose end token has its own name."""
     source = shutil.copytree(ORACLES / "v3", tmp_path / "source")
     home()
-    from dsjax.data.tokenizer import train_tokenizer
-
     tokenizer = train_tokenizer(["some text"], 256 + 1, end_token="<eos>")
     (source / "tokenizer.json").write_text(tokenizer.to_json())
     (source / "tokenizer_config.json").write_text('{"eos_token": {"content": "<eos>"}}')
@@ -263,6 +263,37 @@ def test_a_converted_run_loads_like_any_other(tmp_path: pathlib.Path) -> None:
     assert loaded.tokenizer.special_ids["<eos>"] == loaded.tokenizer.end_id
     assert loaded.params["group_1"]["ffn"]["selection_bias"].shape == (3, 8)
     main_says(["inspect", str(tmp_path / "run")], 0)
+
+
+def test_a_run_without_a_tokenizer_is_a_model_all_the_same(tmp_path: pathlib.Path) -> None:
+    assert run(Request(ORACLES / "llama_mha", tmp_path / "run", quiet=True)) == 0
+    model, oracle = dsjax.load(tmp_path / "run"), np.load(ORACLES / "llama_mha" / "oracle.npz")
+    assert (model.tokenizer, model.end_ids, model.max_length) == (None, (1,), 256)
+    np.testing.assert_allclose(model.logits(oracle["input_ids"]), oracle["logits"], atol=1e-4)
+    main_says(["inspect", str(tmp_path / "run")], 0)
+    main_says(["generate", str(tmp_path / "run"), "--prompt", "a"], 2)
+    with pytest.raises(UserError, match=r"tokenizer file '.*run/tokenizer\.json' does not exist"):
+        load_model(RunFolder(tmp_path / "run"))
+
+
+def test_the_tokenizer_of_a_run_is_its_folders_or_else_its_own(tmp_path: pathlib.Path) -> None:
+    """The folder names the end of a text by its id alone; training without a tokenizer there brings one along."""
+    source = shutil.copytree(ORACLES / "llama_mha", tmp_path / "source")
+    text = train_tokenizer([], 256, ("<a>",), end_token="<eos>").to_json()
+    (source / "tokenizer.json").write_text(text)
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    assert run(Request(source, tmp_path / "run", quiet=True)) == 0
+    for path in (source, tmp_path / "run"):
+        model = dsjax.load(path)
+        assert (model.tokenizer.end_id, model.end_ids) == (1, (1, 7))
+    files = tmp_path / "run" / "hf" / "files"
+    (files / "tokenizer.json").unlink()
+    (files / "generation_config.json").write_text('{"eos_token_id": 7}')
+    model = dsjax.load(tmp_path / "run")
+    assert (model.tokenizer.to_json(), model.end_ids, model.max_length) == (text, (1, 7), 256)
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing: it is the tokenizer that checkpoint 0 of"):
+        dsjax.load(tmp_path / "run")
 
 
 def main_says(arguments: list[str], code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,12 @@ def test_what_a_request_can_not_have_is_said() -> None:
         (Request([1], top_log_probs=2), "top_log_probs is 2; the engine was made for 0"),
         (Request([1], num_samples=0), "must be at least 1"),
         (Request([1], max_tokens=0), "must be at least 1"),
+        (Request([1, 32, 2]), "a prompt has a token 32; the model has those from 0 to 31"),
+        (Request([1, -1, 2]), "a prompt has a token -1; the model has those from 0 to 31"),
+        (Request([1], sampling=SamplingConfig(-1.0)), r"temperature is -1\.0; it must be a number >= 0"),
+        (Request([1], sampling=SamplingConfig(math.nan)), "temperature is nan; it must be a number >= 0"),
+        (Request([1], sampling=SamplingConfig(1.0, -1)), "top_k is -1; it must be an integer >= 0"),
+        (Request([1], sampling=SamplingConfig(1.0, 0, 2.0)), r"top_p is 2\.0; it must be a number >= 0 and <= 1"),
     ):
         with pytest.raises(UserError, match=sentence):
             made.submit(request)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hf_folders import deepseek
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -250,10 +251,34 @@ def test_an_indexer_adds_its_matrices_and_its_norm_to_every_layer() -> None:
         (ROPES[4], YarnScaling(40.0, 4096, 32.0, 1.0, 0.707, 0.707)),
         (ROPES[5], YarnScaling(4.0, 64, fixed_amplitude=1.2, whole_channels=False)),
         (ROPES[6], Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+        (ROPES[3] | ROPES[6], Llama3Scaling(8.0, 1.0, 4.0, 8192)),  # transformers takes the older one of both
     ],
 )
 def test_ropes_are_read_in_both_spellings(hf: dict[str, Any], scaling: Any) -> None:
     assert config_from_hf(LLAMA | hf).groups[0].attention.rope_scaling == scaling
+
+
+@pytest.mark.parametrize("hf", [V3_671B, V32], ids=["v3", "v32"])
+def test_a_field_that_is_not_there_is_what_transformers_takes_it_for(hf: dict[str, Any]) -> None:
+    """Its configs of 5.24, whose routers have 8 groups, of which 4 are chosen, and weights times 2.5."""
+    names = ("n_group", "topk_group", "routed_scaling_factor", "q_lora_rank", "n_shared_experts")
+    left_out = {name: value for name, value in hf.items() if name not in names}
+    assert config_from_hf(left_out) == config_from_hf(hf)
+    experts = config_from_hf(left_out | dict.fromkeys(names[:3])).groups[1].ffn  # null is no number
+    assert isinstance(experts, MoEConfig)
+    assert (experts.num_groups, experts.top_groups, experts.routed_scale) == (1, 1, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "deepseek_v32"])
+def test_no_experts_are_written_as_numbers(kind: str) -> None:
+    """transformers takes no null for them, and loads both: 5.24 computed the logits of dsjax to 2e-7."""
+    source = deepseek(kind, first_k_dense_replace=3)
+    dense = hf_config(config_from_hf(source), max_length=64)
+    assert (dense["n_routed_experts"], dense["first_k_dense_replace"]) == (1, 3)
+    without = config_from_hf(source | {"first_k_dense_replace": 1, "n_shared_experts": 0})
+    again = hf_config(without, max_length=64)
+    assert again["n_shared_experts"] == 0
+    assert config_from_hf(again) == without == config_from_hf(again | {"n_shared_experts": None})
 
 
 # ---------------------------------------------------------------- what is refused
@@ -263,9 +288,15 @@ def test_ropes_are_read_in_both_spellings(hf: dict[str, Any], scaling: Any) -> N
     ("hf", "sentence"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; dsjax converts llama, qwen2"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; dsjax converts llama, qwen2"),
         (LLAMA | {"vocab_size": None}, "has no vocab_size; a llama model needs it"),
         (LLAMA | {"hidden_size": "16"}, "hidden_size is '16'; it must be a whole number"),
         (LLAMA | {"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5; it must be a whole number"),
+        (LLAMA | {"num_hidden_layers": float("nan")}, "num_hidden_layers is nan; it must be a whole number"),
+        (LLAMA | {"vocab_size": float("inf")}, "vocab_size is inf; it must be a whole number"),
+        (LLAMA | {"rms_norm_eps": 10**400}, "rms_norm_eps is 10+; it must be a number"),
+        (LLAMA | {"num_attention_heads": 0}, "num_heads is 0; it must be an integer >= 1"),
+        (LLAMA | {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}}, "original_length is 0"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act is 'gelu'; dsjax has 'silu'"),
         (LLAMA | {"attention_bias": True}, "attention_bias is True; dsjax has False"),
         (LLAMA | {"num_key_value_heads": 3}, "num_kv_heads is 3; it must divide"),

@@ -91,6 +91,16 @@ def test_nothing_but_the_end_token_stands_behind_it() -> None:
     assert len(row) <= 4 * -(-(row.index(end) + 1) // 4)  # and it stopped at the chunk in which the row ended
 
 
+def test_a_row_keeps_the_end_token_that_was_chosen() -> None:
+    tokens = naive([1, 2, 3], 4)
+    ends = (tokens[3], 31)  # 31 fills up
+    options: dict[str, Any] = {"max_tokens": 9, "end_id": 31, "end_ids": ends, "max_length": 64, "sampling": GREEDY}
+    cut = next(place for place, token in enumerate(tokens) if token in ends)
+    row = np.concatenate(list(generate(GRAPH, PARAMS, [[1, 2, 3]], **options)), axis=1)[0].tolist()
+    assert row == [*tokens[: cut + 1], *[31] * (len(row) - cut - 1)]
+    assert complete(GRAPH, PARAMS, [[1, 2, 3]], **options) == [tokens[:cut]]
+
+
 def test_a_seed_gives_the_same_samples_again_and_another_seed_others() -> None:
     def run(seed: int) -> list[list[int]]:
         options = {"max_tokens": 12, "end_id": 31, "max_length": 64, "sampling": SamplingConfig(1.5, 0, 1.0)}

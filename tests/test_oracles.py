@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
+from inspect import unwrap
 from typing import Any
 
 import jax
@@ -22,10 +25,12 @@ from dsjax.config import UserError
 from dsjax.infer.batching import Engine, Request
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.loaded import LoadedModel
+from dsjax.sharding import MESH_AXES
 
 FOLDER = pathlib.Path(__file__).parent / "oracles"
 NAMES = ("llama_mha", "llama_coder_lin4", "v2_lite_yarn", "v3", "v3_yarn", "v32", "v32_all")
 LIMIT = 1e-4  # absolute, of logits, hidden states and the loss
+generate = unwrap(LoadedModel.generate)  # without the checks of types that the tests add
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -113,12 +118,13 @@ def test_greedy_tokens_in_a_crowd(name: str) -> None:
     ("name", "mesh"),
     [
         ("v3_yarn", "data=2,expert=2,tensor=2"),
+        ("llama_mha", jax.make_mesh((2, 1, 1, 4, 1), MESH_AXES)),
         ("v2_lite_yarn", "expert=4,fsdp=2"),
         ("v32", "fsdp=2,tensor=2,context=2"),
         ("llama_mha", "tensor=4,data=2"),
     ],
 )
-def test_eight_devices_are_as_one(name: str, mesh: str) -> None:
+def test_eight_devices_are_as_one(name: str, mesh: Any) -> None:
     model, oracle = dsjax.load(FOLDER / name, mesh=mesh), np.load(FOLDER / name / "oracle.npz")
     assert model.mesh.size == 8
     np.testing.assert_allclose(model.logits(oracle["input_ids"]), oracle["logits"], atol=LIMIT, rtol=0)
@@ -138,14 +144,17 @@ def test_generation_stops_and_fills_up() -> None:
     model, oracle = dsjax.load(FOLDER / "llama_mha"), np.load(FOLDER / "llama_mha" / "oracle.npz")
     ids_BT, greedy = oracle["input_ids"], oracle["greedy"]
     end = int(greedy[0, 4])
-    ending = dataclasses.replace(model, end_ids=(end,))
+    ending = dataclasses.replace(model, end_ids=(255, end))
     out = ending.generate(ids_BT, max_new_tokens=16)[:, 48:]
     first = int(np.flatnonzero(greedy[0] == end)[0])
-    np.testing.assert_array_equal(out[0], [*greedy[0, :first], *[end] * (16 - first)])
+    np.testing.assert_array_equal(out[0], [*greedy[0, : first + 1], *[255] * (15 - first)])
     assert out.shape == greedy.shape
     sampled = [model.generate(ids_BT, max_new_tokens=8, temperature=1.0, seed=s) for s in (0, 0, 1)]
     np.testing.assert_array_equal(sampled[0], sampled[1])
     assert (sampled[0] != sampled[2]).any()
+    numbers = {"max_new_tokens": np.int64(8), "temperature": np.float32(1.0), "top_k": np.int32(0), "seed": np.uint8(1)}
+    np.testing.assert_array_equal(generate(model, ids_BT, **numbers), sampled[2])
+    assert model.generate(ids_BT, max_new_tokens=1, temperature=1.0, seed=2**32 - 1).shape == (len(ids_BT), 49)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +164,62 @@ def test_generation_stops_and_fills_up() -> None:
         (lambda m: m.logits(np.array([1, 2])), r"tokens have shape \(2,\)"),
         (lambda m: m.logits(np.array([[0.5]])), "whole numbers"),
         (lambda m: m.logits(np.array([[1, 2]]), np.array([[0, 0]])), "a token in each row"),
-        (lambda m: m.generate(np.array([[1, 2]]), max_new_tokens=255), "it must be from 0 to 254"),
+        (lambda m: m.generate(np.array([[1, 2]]), max_new_tokens=255), "it must be a whole number from 0 to 254"),
+        (lambda m: generate(m, [[1, 2]], max_new_tokens=2.0), "max_new_tokens is 2.0; .* must be a whole number"),
+        (lambda m: generate(m, [[1, 2]], max_new_tokens=None), "max_new_tokens is None; .* must be a whole number"),
+        (lambda m: generate(m, [[1]], max_new_tokens=1, seed=1.5), r"seed is 1\.5; it must be a whole number from 0"),
+        (lambda m: m.generate([[1]], max_new_tokens=1, seed=2**64), "seed is 18446744073709551616; it must be"),
+        (lambda m: m.generate([[1]], max_new_tokens=1, seed=2**40), "seed is 1099511627776; .* from 0 to 4294967295"),
+        (lambda m: m.logits([[1, 2], [3]]), "tokens are rows of several lengths"),
+        (lambda m: m.logits([[1, 2], [3, 4]], [[1, 1], [1]]), "the mask has rows of several lengths"),
         (lambda m: m.generate(np.array([[1]]), max_new_tokens=1, temperature=-1.0), "temperature is -1"),
         (lambda m: dsjax.load(FOLDER), "holds no model"),
         (lambda m: dsjax.load(FOLDER / "nothing"), "no folder"),
         (lambda m: dsjax.load(FOLDER / "v3", dtype="int8"), "dtype is 'int8'"),
         (lambda m: dsjax.load(FOLDER / "v3", mesh="expert=3"), "devices"),
+        (lambda m: dsjax.load(FOLDER / "v3", mesh="expert=0"), r"mesh\.expert is 0; a mesh axis has at least 1 device"),
+        (
+            lambda m: dsjax.load(FOLDER / "v3", mesh=jax.make_mesh((1,), ("x",))),
+            "mesh is Mesh.* with the axes data,",
+        ),
+        (lambda m: unwrap(dsjax.load)(FOLDER / "v3", mesh=1), "mesh is 1; it must be the sizes of axes"),
+        (lambda m: unwrap(dsjax.load)(FOLDER / "v3", mesh={}), "mesh is {}; it must be the sizes of axes"),
     ],
 )
 def test_what_can_not_be_done_is_said(call: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         call(dsjax.load(FOLDER / "llama_mha"))
+
+
+def folder_with(folder: pathlib.Path, **files: Any) -> pathlib.Path:
+    """A copy of an oracle with other files of JSON; what is added to config.json stands under ``config``."""
+    shutil.copytree(FOLDER / "llama_mha", folder, copy_function=os.link)
+    fields = json.loads((folder / "config.json").read_text())
+    written = {f"{name}.json": content for name, content in files.items()}
+    if isinstance(written.get("config.json"), dict):
+        written["config.json"] = fields | written["config.json"]
+    for name, content in written.items():
+        (folder / name).unlink(missing_ok=True)  # a link
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"config": 3}, "config.json holds a int, not an object"),
+        ({"config": {"max_position_embeddings": "4k"}}, "max_position_embeddings is '4k'; it must be a whole number"),
+        ({"config": {"max_position_embeddings": [4]}}, r"max_position_embeddings is \[4\]; it must be a whole number"),
+        ({"config": {"max_position_embeddings": -4}}, "max_position_embeddings is -4; it must be at least 1"),
+        ({"config": {"eos_token_id": "</s>"}}, "config.json: eos_token_id is .* it must be an id, or a list of ids"),
+        ({"generation_config": {"eos_token_id": [1, 2.5]}}, "generation_config.json: eos_token_id is .* must be an id"),
+    ],
+)
+def test_a_file_that_says_nothing_of_use_is_named(files: dict[str, Any], sentence: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        dsjax.load(folder_with(tmp_path / "model", **files))
+
+
+def test_without_a_tokenizer_the_ends_are_those_that_the_files_state(tmp_path: pathlib.Path) -> None:
+    model = dsjax.load(folder_with(tmp_path / "model", generation_config={"eos_token_id": [1, 5]}))
+    assert (model.tokenizer, model.end_ids, model.max_length) == (None, (1, 5), 256)

@@ -8,6 +8,7 @@ beyond what the decoder can do is refused by name: nothing is dropped in silence
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -41,14 +42,21 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "ep_size": (1, None),
     "pretraining_tp": (1, None),  # what else it may be, changes the order of sums alone
 }
-DEFAULT_THETA = {"qwen2": 10_000.0}
+# What transformers takes for a field that is not there; one that is null is another matter.
+OF_V3 = {"q_lora_rank": 1536, "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
+ABSENT: dict[Any, dict[str, Any]] = {
+    "qwen2": {"max_position_embeddings": 32768},
+    "deepseek_v2": {"q_lora_rank": 1536, "n_shared_experts": 2},
+    "deepseek_v3": OF_V3 | {"max_position_embeddings": 4096},
+    "deepseek_v32": OF_V3 | {"max_position_embeddings": 163840},
+}
 
 
 class _Fields:
     """The fields of a config.json, each checked when it is read."""
 
     def __init__(self, fields: Mapping[str, Any]):
-        self.fields = fields
+        self.fields = {**ABSENT.get(fields["model_type"], {}), **fields}
 
     def number(self, name: str, default: Any = ..., kind: type = int) -> Any:
         """A number, of ``kind``; ``default`` where there is none or it is null.
@@ -62,6 +70,7 @@ class _Fields:
                 raise UserError(f"config.json has no {name}; a {self.fields.get('model_type')} model needs it")
             return default
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = number and abs(value) <= sys.float_info.max  # NaN is not either
         if not number or (kind is int and value != int(value)):
             raise UserError(f"config.json: {name} is {value!r}; it must be {'a whole ' * (kind is int) or 'a '}number")
         return kind(value)
@@ -91,7 +100,7 @@ def config_from_hf(hf: Mapping[str, Any], tensors: Container[str] = ()) -> Decod
         UserError: names the field that is missing or has a value which the decoder can not express.
     """
     kind = hf.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"config.json: model_type is {kind!r}; dsjax converts {', '.join(ARCHITECTURES)}")
     fields = _Fields(hf)
     for name, allowed in FIXED.items():
@@ -124,6 +133,18 @@ def config_from_hf(hf: Mapping[str, Any], tensors: Container[str] = ()) -> Decod
     return config
 
 
+def longest_text(hf: Mapping[str, Any]) -> int:
+    """The positions that the model of a config.json is meant for.
+
+    Raises:
+        UserError: their number is none.
+    """
+    longest = _Fields(hf).number("max_position_embeddings", 2048)
+    if longest < 1:
+        raise UserError(f"config.json: max_position_embeddings is {longest}; it must be at least 1")
+    return longest
+
+
 def _multi_token(fields: _Fields, num_layers: int, tensors: Container[str]) -> MultiTokenConfig | None:
     modules = fields.number("num_nextn_predict_layers", 0)
     if not modules or f"model.layers.{num_layers}.eh_proj.weight" not in tensors:
@@ -137,7 +158,7 @@ def _grouped_attention(fields: _Fields) -> AttentionConfig:
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=fields.number("num_key_value_heads", heads),
-        head_dim=fields.number("head_dim", fields.number("hidden_size") // heads),
+        head_dim=fields.number("head_dim", fields.number("hidden_size") // max(heads, 1)),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=fields.fields["model_type"] == "qwen2",
@@ -201,9 +222,12 @@ def _experts(fields: _Fields) -> MoEConfig:
 
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
-    """Base and stretching, from ``rope_parameters``, or from the older ``rope_theta`` and ``rope_scaling``."""
+    """Base and stretching, from the older ``rope_theta`` and ``rope_scaling``, or from ``rope_parameters``.
+
+    As in transformers, ``rope_scaling`` counts where it is there, too.
+    """
     hf = fields.fields
-    found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
         raise UserError("config.json: its rope_parameters differ from layer to layer; dsjax has one for all")
     rope = _Fields({**found, "model_type": hf["model_type"]})
@@ -215,11 +239,11 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind == "linear":
         return theta, LinearScaling(rope.number("factor", kind=float))
-    longest = fields.number("max_position_embeddings", 2048)
+    longest = longest_text(hf)
     original = rope.number("original_max_position_embeddings", longest)
     if kind == "yarn":
         return theta, YarnScaling(
-            factor=rope.number("factor", longest / original, float),
+            factor=rope.number("factor", longest / max(original, 1), float),
             original_length=original,
             beta_fast=rope.number("beta_fast", 0, float) or 32.0,
             beta_slow=rope.number("beta_slow", 0, float) or 1.0,
@@ -358,12 +382,12 @@ def _experts_to_hf(kind: str, config: DecoderConfig, experts: MoEConfig | None) 
     modules = 0 if config.multi_token is None else config.multi_token.num_modules
     of_v3 = {"rope_interleave": True, "num_nextn_predict_layers": modules}
     if experts is None:
-        return {"n_routed_experts": None, "first_k_dense_replace": num_dense, **of_v3}
+        return {"n_routed_experts": 1, "first_k_dense_replace": num_dense, **of_v3}
     found: dict[str, Any] = {
         "n_routed_experts": experts.num_experts,
         "num_experts_per_tok": experts.top_k,
         "moe_intermediate_size": experts.d_ff,
-        "n_shared_experts": experts.num_shared_experts or None,
+        "n_shared_experts": experts.num_shared_experts or (None if kind == "deepseek" else 0),
         "first_k_dense_replace": num_dense,
         "moe_layer_freq": 1,
         "scoring_func": experts.scoring,

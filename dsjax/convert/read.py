@@ -31,7 +31,7 @@ from dsjax.convert.names import Matched, check_copies, match
 from dsjax.convert.origin import CONFIG, FOLDER, TOKENIZER, HFFolder, copy_file, kept_as, write_json, write_tensors
 from dsjax.convert.parallel import each
 from dsjax.convert.store import arranged, write_array_files, write_part
-from dsjax.data.hf_tokenizer import special_names
+from dsjax.data.hf_tokenizer import end_token_of
 from dsjax.models.decoder import DecoderConfig
 
 FORMAT = 1  # of what is written; another one takes nothing up that this one left
@@ -201,7 +201,7 @@ def run_config(source: HFFolder, config: DecoderConfig, target: pathlib.Path, dt
     """The config of the run: that of a pre-training with the model, and everything else as it is by default."""
     data: dict[str, Any] = {"type": "dsjax.data.prepare:DataConfig", "vocab_size": config.vocab_size}
     data["tokenizer_path"] = str(target.resolve() / TOKENIZER)
-    if (end := special_names(source.path).get("eos_token")) is not None:
+    if (end := end_token_of(source.path)) is not None:
         data["end_token"] = end
     compute = {
         "type": "dsjax.models.decoder:ComputeConfig",

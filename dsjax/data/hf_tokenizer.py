@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face folder: ids for text, which tokens end one, and how a conversation is written down.
 
-Read are ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json`` and
-``chat_template.jinja`` or ``chat_templates/NAME.jinja``. All but the first may be missing.
+Read are ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json``,
+``config.json`` and ``chat_template.jinja`` or ``chat_templates/NAME.jinja``. All but the first may be missing.
 """
 
 from __future__ import annotations
@@ -42,24 +42,49 @@ def load_hf_tokenizer(folder: str | pathlib.Path) -> HFTokenizer:
     """
     folder = pathlib.Path(folder)
     config, names = _json(folder / "tokenizer_config.json"), special_names(folder)
-    if "eos_token" not in names:
-        raise UserError(f"{folder}: neither tokenizer_config.json nor special_tokens_map.json has an eos_token")
-    tokenizer = load_tokenizer(folder / "tokenizer.json", end_token=names["eos_token"])
+    if (end_token := end_token_of(folder)) is None:
+        raise UserError(
+            f"{folder}: neither tokenizer_config.json nor special_tokens_map.json has an eos_token, and no eos_token_id"
+            " of generation_config.json or config.json is a special token of tokenizer.json"
+        )
+    tokenizer = load_tokenizer(folder / "tokenizer.json", end_token=end_token)
     tokenizer.begin_ids = tokenizer.put_in_front()
     if "add_bos_token" in config:
         if (begin := names.get("bos_token", "")) not in tokenizer.special_ids and config["add_bos_token"]:
             raise UserError(f"{folder}: add_bos_token is set; bos_token is {begin!r}, which is no special token")
         tokenizer.begin_ids = (tokenizer.special_ids[begin],) if config["add_bos_token"] else ()
-    end_ids = [tokenizer.end_id]
-    for file in ("generation_config.json", "config.json"):  # the first that says it
+    end_ids = tuple(dict.fromkeys((tokenizer.end_id, *stated_end_ids(folder))))
+    return HFTokenizer(tokenizer, end_ids, load_templates(folder))
+
+
+def end_token_of(folder: pathlib.Path) -> str | None:
+    """The token that ends a text: the one that is named, else the first special one whose id is stated; None: neither.
+
+    Raises:
+        UserError: a file is wrong.
+    """
+    if (name := special_names(folder).get("eos_token")) is not None:
+        return name
+    added = _json(folder / "tokenizer.json").get("added_tokens")
+    tokens = [t for t in added if isinstance(t, dict) and t.get("special")] if isinstance(added, list) else []
+    names = {t["id"]: t["content"] for t in tokens if isinstance(t.get("id"), int) and "content" in t}
+    return next((names[i] for i in stated_end_ids(folder) if i in names), None) if names else None
+
+
+def stated_end_ids(folder: pathlib.Path) -> tuple[int, ...]:
+    """The ids that end a text by generation_config.json, or by config.json if that says nothing.
+
+    Raises:
+        UserError: a file is wrong.
+    """
+    for file in ("generation_config.json", "config.json"):
         stated = _json(folder / file).get("eos_token_id")
         if stated is not None:
             stated = stated if isinstance(stated, list) else [stated]
-            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in stated):
+            if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in stated):
                 raise UserError(f"{folder / file}: eos_token_id is {stated}; it must be an id, or a list of ids")
-            end_ids += stated
-            break
-    return HFTokenizer(tokenizer, tuple(dict.fromkeys(end_ids)), load_templates(folder))
+            return tuple(stated)
+    return ()
 
 
 def special_names(folder: pathlib.Path) -> dict[str, str]:

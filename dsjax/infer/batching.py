@@ -156,10 +156,11 @@ class Engine:
         """Takes a request; its number.
 
         Raises:
-            UserError: the prompt is empty, or leaves no room for a token; it asks for what the engine was not made for;
-                its grammar does not take the prompt.
+            UserError: the prompt is empty, leaves no room for a token, or has one that the model has not; a setting is
+                out of range; it asks for what the engine was not made for; its grammar does not take the prompt.
         """
         request.check(self.max_length, self.top_log_probs, self.tokenizer is not None, self.draft)
+        request.check_tokens(self.behind.logits_BV.shape[1])
         limit = min(len(request.prompt) + request.max_tokens, self.max_length)
         end_ids = self.end_ids if request.end_ids is None else frozenset(request.end_ids)
         self._number += 1

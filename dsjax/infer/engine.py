@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -290,13 +291,13 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, yielding (B, n) new tokens at a time until all rows have ended.
 
-    From where a row ends stands only ``end_id``.
+    Behind the token that ends a row stands only ``end_id``.
 
     Args:
         graph, params: the model; ``params`` may be numpy arrays.
         prompts: token ids, at least one each.
         max_tokens: new tokens at the most.
-        end_id: ends a row, and fills it up.
+        end_id: ends a row, and fills it up behind its end.
         end_ids: what ends a row, if not ``end_id`` alone; empty: nothing does.
         max_length: positions that the model can hold, prompt included.
         sampling: how to choose.
@@ -346,7 +347,7 @@ def generate(
             if ended_B[row]:
                 tokens[:] = end_id
             elif ends.size:
-                tokens[ends[0] :] = end_id
+                tokens[ends[0] + 1 :] = end_id
                 ended_B[row] = True
         left -= new_BS.shape[1]
         yield new_BS
@@ -377,9 +378,16 @@ def heal(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[list[int], np.nda
 
 
 def complete(
-    graph: Any, params: Any, prompts: Sequence[Sequence[int]], *, end_id: int, **options: Any
+    graph: Any,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    end_id: int,
+    end_ids: Collection[int] | None = None,
+    **options: Any,
 ) -> list[list[int]]:
     """The whole continuation of each prompt, without its end token (see :func:`generate`)."""
-    parts = list(generate(graph, params, prompts, end_id=end_id, **options))
+    parts = list(generate(graph, params, prompts, end_id=end_id, end_ids=end_ids, **options))
     rows = np.concatenate(parts, axis=1) if parts else np.zeros((len(prompts), 0), np.int32)
-    return [row[: np.flatnonzero(row == end_id)[0]].tolist() if (row == end_id).any() else row.tolist() for row in rows]
+    ending = {end_id} if end_ids is None else set(end_ids)
+    return [list(itertools.takewhile(lambda token: token not in ending, row)) for row in rows.tolist()]

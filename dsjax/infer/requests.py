@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from dsjax.config import UserError
+from dsjax.config import UserError, validate
 from dsjax.infer.detokenize import Detokenizer, check_stop
 from dsjax.infer.grammar import Constraint, PythonGrammar
 from dsjax.infer.reading import Reading
@@ -54,12 +54,15 @@ class Request:
     before: Sequence[int] = ()
 
     def check(self, max_length: int, top_log_probs: int, has_tokenizer: bool, draft: int = 0) -> None:
-        """Raises UserError: the prompt is empty, or leaves no room for a token; the engine was not made for it."""
+        """Raises UserError: the prompt is empty, or leaves no room for a token; a setting is out of range; the engine
+        was not made for it.
+        """
         length = len(self.prompt)
         if length == 0:
             raise UserError("a prompt is empty; give at least one token")
         if length >= max_length:
             raise UserError(f"a prompt has {length} tokens; the engine holds {max_length} with what it generates")
+        validate(self.sampling)
         if self.max_tokens < 1 or self.num_samples < 1:
             raise UserError("max_tokens and num_samples of a request must be at least 1")
         if self.top_log_probs > top_log_probs:
@@ -69,6 +72,12 @@ class Request:
         if self.grammar is not None and draft:
             raise UserError(f"draft is {draft}; a request with a grammar needs an engine that drafts no tokens")
         check_stop(self.stop)
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raises UserError: the prompt has a token that the model has not."""
+        for token in (min(self.prompt), max(self.prompt)):
+            if not 0 <= token < vocab_size:
+                raise UserError(f"a prompt has a token {token}; the model has those from 0 to {vocab_size - 1}")
 
     def constraint(self, end_ids: Collection[int]) -> Constraint | None:
         """What its grammar allows; None: anything.
