@@ -144,7 +144,7 @@ def _parse(text: str, annotation: Any, key: str) -> Any:
 def _items(text: str) -> list[str]:
     """The entries of a list written as ``a,b``, ``(a,b)`` or ``[a,b,]``."""
     inner = text.strip()
-    if inner[:1] + inner[-1:] in ("()", "[]"):
+    if inner[:1] + inner[-1:] in ("()", "[]") and not set(inner[1:-1]) & set("()[]"):
         inner = inner[1:-1]
     items = [item.strip() for item in inner.split(",")]
     return items if items[-1] else items[:-1]

@@ -111,8 +111,11 @@ class RunFolder:
         Raises:
             UserError: no run here.
         """
-        if not self.path.is_dir():
-            raise UserError(f"no run folder {self.path}")
+        try:
+            if not self.path.is_dir():
+                raise UserError(f"no run folder {self.path}")
+        except (OSError, ValueError) as error:  # too long, no permission
+            raise UserError(f"run folder {self.path} can not be read: {error}") from None
         if not self.config.exists():
             raise UserError(f"{self.path} is no run: it holds no config.json")
         config = from_dict(read_json(self.config), str(self.config))

@@ -93,6 +93,7 @@ class Every:
         ("sizes=", Every(sizes=())),
         ("sizes.1=9", Every(sizes=(2, 9))),
         ("tags=a, b", Every(tags=("a", "b"))),
+        ("tags=[A],[B]", Every(tags=("[A]", "[B]"))),
         ("layers.1.depth=2", Every(layers=(Layer(), Layer(Sparse(), 2)))),
         ("layers.0.ffn.width=8", Every(layers=(Layer(Dense(8)), Layer(Sparse(), 3)))),
         ("layers.1.ffn.experts=2", Every(layers=(Layer(), Layer(Sparse(2), 3)))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -49,12 +50,16 @@ def test_empty_and_undecodable_are_reported_not_lost(tmp_path):
     (tmp_path / "blank.py").write_text(" \n")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "cookie.py").write_bytes(b"# coding: klingon\n")
+    (tmp_path / "undefined.py").write_bytes(b"# coding: undefined\n")
+    (tmp_path / "half.py").write_bytes(b"# coding: unicode_escape\nx = '\\ud800'\n")
     reading = read_source(Source(str(tmp_path)))
     assert [d.name for d in reading.documents] == ["good.py"]
     assert {s.name: (s.reason, s.damaged) for s in reading.skipped} == {
         "blank.py": ("empty", False),
         "bad.txt": ("not utf-8", True),
         "cookie.py": ("unknown encoding", True),
+        "undefined.py": ("not undefined", True),
+        "half.py": ("not unicode_escape", True),
     }
 
 
@@ -118,6 +123,9 @@ def _named(name: str, content: bytes):
         (lambda folder: folder, "holds no document"),
         (lambda folder: folder / "nowhere", "does not exist"),
         (lambda folder: folder / "*.py", "holds no document"),
+        (lambda folder: "", "a data source has an empty path"),
+        (lambda folder: folder / ("a" * 300), "can not be read: File name too long"),
+        (lambda folder: "~nobody_of_that_name/data", "can not be read: Could not determine home directory"),
     ],
 )
 def test_bad_sources_are_one_sentence(tmp_path, make, said):
@@ -125,6 +133,21 @@ def test_bad_sources_are_one_sentence(tmp_path, make, said):
         read_source(Source(str(make(tmp_path))))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_can_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the owner of everything may read any folder
+    with pytest.raises(UserError, match=r"sub: cannot be read \(Permission denied\)"):
+        read_source(Source(str(tmp_path)))
 
 
 def test_missing_path_names_the_nearest(tmp_path):

@@ -17,6 +17,7 @@ from dsjax.data.corpus import Document, Source
 from dsjax.data.dedup import deduplicate
 from dsjax.data.pipeline import PackedRows
 from dsjax.data.prepare import DataConfig, _publish, prepare, split
+from dsjax.data.tokenizer import train_tokenizer
 
 
 def _write(folder: pathlib.Path, count: int = 30, salt: str = "") -> pathlib.Path:
@@ -194,6 +195,17 @@ def test_a_loaded_tokenizer_is_used_and_must_fit(cfg, corpus, tmp_path):
         prepare(loaded, tmp_path / "c")
 
 
+def test_another_boundary_of_the_same_tokenizer_is_another_corpus(cfg, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(train_tokenizer(["a b c"], 300, ("<|other|>",)).to_json(), encoding="utf-8")
+    loaded = dataclasses.replace(cfg, tokenizer_path=str(path))
+    found = prepare(loaded, tmp_path / "c")
+    other = prepare(dataclasses.replace(loaded, end_token="<|other|>"), tmp_path / "c")
+    assert (found.tokenizer.end_id, other.tokenizer.end_id) == (0, 1)
+    assert found.content == other.content
+    assert found.fingerprint != other.fingerprint
+
+
 def test_a_source_of_duplicates_only_is_named(cfg, tmp_path):
     both = dataclasses.replace(cfg, sources=cfg.sources * 2)  # the same folder twice: copies of equal names
     with pytest.raises(UserError, match=r"data.sources.1 \(.*\) has no document left to train on: all 31 are"):
@@ -217,6 +229,10 @@ def test_a_source_of_duplicates_only_is_named(cfg, tmp_path):
         ({"special_tokens": ("a", "a")}, "data.special_tokens is ('a', 'a'); names must be distinct"),
         ({"special_tokens": ("a",), "tokenizer_path": "t.json"}, "data.special_tokens is ('a',); with tokenizer_path"),
         ({"tokenizer_path": "nowhere.json"}, "'nowhere.json' does not exist"),
+        ({"tokenizer_path": "a" * 300}, "cannot be read"),
+        ({"end_token": "§"}, "data.end_token has '§'; a name must have two characters or more"),
+        ({"special_tokens": ("<|a|>", "Q")}, "data.special_tokens has 'Q'; a name must have two characters or more"),
+        ({"end_token": "x\udcff"}, "data.end_token and special_tokens are ('x\\udcff',); one has half of a surrogate"),
     ],
 )
 def test_bad_settings_are_one_sentence(cfg, tmp_path, change, said):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -25,9 +26,9 @@ def byte_level() -> Tokenizer:
 
 
 @functools.cache
-def sentence_piece() -> Tokenizer:
+def sentence_piece(*further: str) -> Tokenizer:
     """As of the first Llama models: words with the space before them, and bytes for what is not in the vocabulary."""
-    pieces = [END, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁a", "a", "b", "c", "▁dog"]
+    pieces = [END, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁a", "a", "b", "c", "▁dog", *further]
     inner = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True))
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -38,6 +39,14 @@ def sentence_piece() -> Tokenizer:
 
 def pieces(made: Detokenizer, ids: list[int]) -> list[str]:
     return [*(made.add(i) for i in ids), made.end()]
+
+
+def test_what_begins_with_a_token_is_told_by_text_and_not_by_names() -> None:
+    tokenizer = sentence_piece("<", "<a")
+    names = tokenizer.names()
+    found = {names[i] for i in np.flatnonzero(tokenizer.extensions(names.index("<")))}
+    assert found == {"<", "<a", "<0x3C>"}
+    assert np.flatnonzero(tokenizer.extensions(tokenizer.end_id)).tolist() == [tokenizer.end_id]
 
 
 IDS = st.lists(st.integers(0, 299), max_size=60)
@@ -80,6 +89,19 @@ def test_a_first_word_keeps_its_space_behind_a_prompt() -> None:
     the, dog = (tokenizer._inner.token_to_id(word) for word in ("▁the", "▁dog"))
     assert pieces(Detokenizer(tokenizer), [dog]) == ["dog", ""]
     assert pieces(Detokenizer(tokenizer, before=[the]), [dog]) == [" dog", ""]
+
+
+@pytest.mark.parametrize("cut", range(10))  # where the prompt ends: in front of, behind and within characters
+@pytest.mark.parametrize("new", ["aa", "中a", "😀"])
+def test_behind_a_prompt_of_bytes_its_characters_are_whole(cut: int, new: str) -> None:
+    """This decoder gives up a whole run of bytes if the first or the last character of it is in halves."""
+    tokenizer = sentence_piece()
+    ids = [1 + byte for byte in f"深度学习深度学习{new}".replace("a", "").encode()]
+    ids += [tokenizer._inner.token_to_id("a")] * new.count("a")
+    size = len("深度学习深度学习".encode()) - cut
+    shown = ("深度学习深度学习" + new)[8 - (cut + 2) // 3 :]
+    assert "".join(pieces(Detokenizer(tokenizer, before=ids[:size]), ids[size:])) == shown
+    assert "".join(pieces(Detokenizer(tokenizer, [new], before=ids[:size]), ids[size:])) == shown[: -len(new)]
 
 
 def first_end(text: str, stops: list[str]) -> str:

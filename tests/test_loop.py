@@ -29,6 +29,8 @@ from small_runs import (
 from dsjax import manifest
 from dsjax.config import UserError
 from dsjax.data.batch import Batch
+from dsjax.data.tokenizer import train_tokenizer
+from dsjax.evals.report import evaluate_run
 from dsjax.nn.masks import Documents
 from dsjax.train import pretrain
 
@@ -102,14 +104,17 @@ def test_a_finished_run_stays_as_it_is(control: pathlib.Path) -> None:
 
 
 def test_other_data_is_refused_and_changes_nothing(tmp_path: pathlib.Path) -> None:
-    folder, corpus = tmp_path / "run", tmp_path / "corpus"
+    folder, corpus, tokenizer = tmp_path / "run", tmp_path / "corpus", tmp_path / "tokenizer.json"
     write_corpus(corpus, seed=5)
-    config = small(str(corpus))
+    tokenizer.write_text(train_tokenizer([(corpus / "0.txt").read_text()], 300).to_json())
+    config = changed(small(str(corpus)), data={"tokenizer_path": str(tokenizer)})
     assert pretrain.run(config, folder, quiet=True) == 0
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     (corpus / "3.txt").write_text("something else entirely")
     with pytest.raises(UserError, match="the training data changed"):
         pretrain.run(changed(config, train={"steps": 12}), folder, quiet=True)
+    with pytest.raises(UserError, match=r"changed since it was trained: changed in data\.sources\.0: 3\.txt"):
+        evaluate_run(folder, quiet=True)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
@@ -327,6 +332,11 @@ def test_a_limit_of_time_plans_fewer_steps_and_ends_with_a_small_learning_rate(t
     found = loop_state(tmp_path / "run")
     assert found["iteration"] == found["total_steps"] == records[-1]["step"] < asked
     assert records[-1]["lr"] < 0.05 * max(r["lr"] for r in records)
+
+
+def test_a_limit_of_time_is_one_while_the_rate_still_rises(tmp_path: pathlib.Path) -> None:
+    assert run(tmp_path / "run", train={"steps": 1000, "max_minutes": 1e-4}, optim={"warmup_steps": 900}) == 0
+    assert loop_state(tmp_path / "run")["iteration"] < 10
 
 
 def test_no_step_compiles_anything_after_the_second(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,8 +56,8 @@ class ChatTemplate:
         try:
             template = _compiled(self.source)
             return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            said = " ".join(str(error).split())[:200]
+        except Exception as error:  # whatever its code makes Python raise
+            said = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self.origin} can not write this conversation ({said})") from None
 
     def encode(

@@ -197,8 +197,14 @@ def _list_files(path: str) -> Iterator[tuple[pathlib.Path, str]]:
     if path == STDLIB:
         yield from _walk(stdlib_folder(), skip_folders=SKIPPED | STDLIB_SKIPPED, suffixes=frozenset((".py",)))
         return
-    root = pathlib.Path(path).expanduser()
-    if root.is_dir():
+    if not path:
+        raise UserError(f"a data source has an empty path: give {STDLIB!r}, a folder, a file or a glob")
+    try:
+        root = pathlib.Path(path).expanduser()
+        is_folder = root.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no permission, no such user
+        raise UserError(f"data source {path!r} can not be read: {getattr(error, 'strerror', None) or error}") from None
+    if is_folder:
         yield from _walk(root, skip_folders=SKIPPED, suffixes=TEXT_SUFFIXES)
     elif root.exists():
         yield root, root.name
@@ -225,9 +231,17 @@ def stdlib_folder() -> pathlib.Path:
 
 
 def walk(root: pathlib.Path, skip_folders: frozenset[str] = SKIPPED) -> list[str]:
-    """The names of all files below a folder, sorted, relative to it, with /; hidden folders are left out."""
+    """The names of all files below a folder, sorted, relative to it, with /; hidden folders are left out.
+
+    Raises:
+        UserError: a folder can not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
     names = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [f for f in folders if f not in skip_folders and not f.startswith(".")]
         names += [pathlib.Path(folder, file).relative_to(root).as_posix() for file in files]
     return sorted(names)

@@ -85,6 +85,13 @@ class DataConfig:
         names = (self.end_token, *self.special_tokens)
         if not all(names) or len(set(names)) < len(names):
             raise UserError(f"special_tokens is {self.special_tokens!r}; names must be distinct and not empty")
+        if any("\ud800" <= c <= "\udfff" for name in names for c in name):
+            raise UserError(f"end_token and special_tokens are {names!a}; one has half of a surrogate pair")
+        if not self.tokenizer_path and (short := [name for name in names if len(name) == 1]):
+            raise UserError(
+                f"{'end_token' if short[0] == self.end_token else 'special_tokens'} has {short[0]!r}; a name must have"
+                f" two characters or more, as {END!r}: single ones spell bytes"
+            )
         if self.tokenizer_path:
             if self.special_tokens:
                 raise UserError(
@@ -482,4 +489,6 @@ def _read_store(folder: pathlib.Path, name: str, files: dict[str, Any], dtype: s
 def _fingerprint(content: str, cfg: DataConfig) -> str:
     # Not batch_size: the iterator's state counts rows, so a run may go on with another batch.
     weights = [float(source.weight) for source in cfg.sources]
-    return hashlib.sha256(repr((_ROWS_VERSION, content, cfg.seq_len, cfg.seed, weights)).encode()).hexdigest()
+    other_end = () if cfg.end_token == END else (cfg.end_token,)  # of a tokenizer whose file has several
+    settings = (_ROWS_VERSION, content, cfg.seq_len, cfg.seed, weights, *other_end)
+    return hashlib.sha256(repr(settings).encode("utf-8", "surrogatepass")).hexdigest()

@@ -101,9 +101,13 @@ def _read_text(path: pathlib.Path, name: str) -> Document | Skipped:
     try:
         if path.suffix.lower() in (".py", ".pyi"):
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-        return _record(name, content.decode(encoding), 0)
+        text = content.decode(encoding)
+        text.encode()  # some codecs give halves of surrogate pairs
+        return _record(name, text, 0)
     except UnicodeDecodeError as error:
         return Skipped(name, f"not {encoding}", error.start)
+    except UnicodeError:
+        return Skipped(name, f"not {encoding}")
     except (SyntaxError, LookupError):  # PEP 263: an unknown or contradictory cookie, or a codec that gives no text
         return Skipped(name, "unknown encoding")
 
@@ -233,7 +237,7 @@ def _read_parquet(path: pathlib.Path, name: str, text_key: str) -> list[Document
     import pyarrow.parquet
 
     with path.open("rb") as handle:  # an OSError here is the file system's; pyarrow raises it for damage, too
-        broken = (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError)
+        broken = (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError, KeyError)
         try:
             file = pyarrow.parquet.ParquetFile(handle, page_checksum_verification=True)
             names, groups = list(file.schema_arrow.names), file.metadata.num_row_groups

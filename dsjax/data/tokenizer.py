@@ -199,10 +199,8 @@ class Tokenizer:
 
     def extensions(self, token: int) -> Bool[np.ndarray, " V"]:
         """Which ids stand for text that begins with the text of ``token``, itself included."""
-        special = set(self.special_ids.values())
-        start = self._inner.id_to_token(token) or ""
-        names = [self._inner.id_to_token(i) or "" for i in range(self.vocab_size)]
-        return np.array([i == token or (i not in special and name.startswith(start)) for i, name in enumerate(names)])
+        start = self._texts[token]
+        return np.array([i == token or (start != b"" and text.startswith(start)) for i, text in enumerate(self._texts)])
 
     def names(self) -> list[str]:
         """How the tokenizer's file spells each id, in the order of ids; an id that stands for nothing is empty."""
@@ -258,9 +256,9 @@ def load_tokenizer(path: str | pathlib.Path, *, end_token: str = END) -> Tokeniz
         UserError: the file is missing, is no tokenizer, has no special token `end_token`, or fails on a sample text.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"tokenizer file {str(path)!r} does not exist")
     try:
+        if not path.is_file():
+            raise UserError(f"tokenizer file {str(path)!r} does not exist")
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise UserError(f"{path}: not a tokenizer.json (it has {size} bytes, more than {MOST_BYTES})")

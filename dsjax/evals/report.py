@@ -43,6 +43,8 @@ def evaluate_run(folder: pathlib.Path, *, num_samples: int = 64, quiet: bool = F
     corpus = prepared(model.config.data, model.config.model.structure, cache_dir() / "data", progress=say)
     if corpus.tokenizer.to_json() != model.tokenizer.to_json():
         raise UserError(f"the data of {folder} changed since it was trained: its tokenizer is another one now")
+    if changes := run.changed_data(corpus):
+        raise UserError(f"the data of {folder} changed since it was trained: {changes}")
 
     say("scoring held-out documents with the model, the 5-gram and xz")
     with Progress(1, label="scoring", every=50, quiet=quiet) as progress:

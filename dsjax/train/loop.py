@@ -417,7 +417,8 @@ class Clock:
         if not train.max_minutes:
             return
         decay_begins = counters.total_steps * (1 - optim.decay_share) if optim.schedule == "wsd" else 0
-        most = train.steps if counters.iteration < max(decay_begins, optim.warmup_steps) else counters.total_steps
+        grows = counters.iteration < min(max(decay_begins, optim.warmup_steps), counters.total_steps)
+        most = train.steps if grows else counters.total_steps
         per_step = (now[0] - self._loop[0]) / (now[1] - self._loop[1])
         fits = counters.iteration + (train.max_minutes * 60 - self.seconds()) / per_step
         planned = int(np.clip(fits, counters.iteration + 1, most))
