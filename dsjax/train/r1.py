@@ -162,8 +162,8 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
     families = families_of(config.exercises)
     named_levels(config, families)
     config, tokenizer = begins(config, run_folder)
-    asked = (held_out(config, families) if reports else []) + validated_on(config, families)
-    check_prompts(asked, tokenizer, config.rollout, config.data.seq_len)  # now, not behind hours of training
+    asked = held_out(config, families) if reports else []  # now, not behind hours of training
+    check_prompts(asked + validated_on(config, families), tokenizer, config.rollout, config.data.seq_len)
     check_course(families.values(), tokenizer, config.rollout, config.data.seq_len, say)
     check(config)
     with Rewards(config.rewards, families) as rewards:
@@ -192,7 +192,7 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
             if code := pretrain.run(control_run(config), folder / CONTROL, quiet=quiet, regime=regime):
                 return code
         if reports:
-            report(config, run_folder, families, rewards, say)
+            report(config, run_folder, families, asked, rewards, say)
     return 0
 
 
@@ -445,13 +445,20 @@ def summary(values: Mapping[str, float]) -> str:
 # ---------------------------------------------------------------- report
 
 
-def report(config: R1, run_folder: RunFolder, families: Mapping[str, Family], rewards: Rewards, say: Say) -> None:
+def report(
+    config: R1,
+    run_folder: RunFolder,
+    families: Mapping[str, Family],
+    exercises: list[Exercise],
+    rewards: Rewards,
+    say: Say,
+) -> None:
     """Evaluates what there was before and is now, writes it down and draws it; of several processes the first one does,
     and all of them write texts."""
     runs = {"before": RunFolder(pathlib.Path(config.train.start_from)), "after": run_folder}
     if config.report.control:
         runs["sft_control"] = RunFolder(run_folder.path / CONTROL)
-    exercises, levels = held_out(config, families), named_levels(config, families)
+    levels = named_levels(config, families)
     say(f"report: {len(exercises):,} held-out exercises, {len(runs)} models")
     mesh, trainer = pretrain.build(of_updates(config), loss_fn=policy_loss(config.policy))
     tables = solved_by(config, trainer, config.rollout.devices(mesh), runs, exercises, rewards)
