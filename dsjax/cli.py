@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -468,11 +469,6 @@ def one_line(text: str) -> str:
 
 OUT_OF_MEMORY = "out of memory; a smaller data.batch_size or data.seq_len, or a larger train.accumulate needs less"
 
-VALUE_OPTIONS = (
-    ("--run", "--coordinator", "--num-processes", "--process-id", "--join-timeout", "--stall-timeout")
-    + ("--topology", "--mode", "--mesh", "--batch", "--rows-per-chip", "--length", "--limit", "--json", "--plot")
-)  # fmt: skip
-
 DESCRIPTION = """The DeepSeek lineage in JAX: train, evaluate, sample and plan language models from one config.
 
 Start with: dsjax train configs/quickstart.py"""
@@ -480,12 +476,14 @@ Start with: dsjax train configs/quickstart.py"""
 
 def gather_overrides(arguments: list[str]) -> list[str]:
     """Puts the ``key=value`` words together behind CONFIG, wherever among the options they stand."""
-    if not arguments or arguments[0] not in ("train", "plan", "data"):
+    command: Any = {"train": train, "plan": plan, "data": data}.get(arguments[0] if arguments else "")
+    if command is None:
         return arguments
+    kinds = typing.get_type_hints(command)  # of each option; behind one that is no bool its value stands
     words, options, takes_value = [], [], False
     for word in arguments[1:]:
         if takes_value or word.startswith("-"):
-            takes_value = not takes_value and word in VALUE_OPTIONS
+            takes_value = not takes_value and kinds.get(word.removeprefix("--").replace("-", "_"), bool) is not bool
             options.append(word)
         else:
             words.append(word)

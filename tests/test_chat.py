@@ -128,6 +128,10 @@ def test_templates_give_what_transformers_gives(template: str, messages: list, p
         ("{{ messages.append(1) }}", "can not write this conversation"),  # immutable
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "can not write this conversation"),  # sandboxed
         ("{{ raise_exception.__globals__['json'] }}", "can not write this conversation"),
+        ("{% break %}", "can not write this conversation"),
+        ("{{ messages[0].content|dictsort }}", "can not write this conversation"),
+        ("{{ cycler() }}", "can not write this conversation"),
+        ("{{ 'x' * 10**14 }}", r"can not write this conversation \(MemoryError\)"),
     ],
 )
 def test_what_a_template_refuses_or_may_not_do_is_one_sentence(source: str, sentence: str) -> None:

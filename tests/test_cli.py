@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+import typing
 
 import pytest
 from small_runs import ROOT, home, write_corpus
 
+from dsjax import cli
 from dsjax.cli import main
 from dsjax.config import to_dict
 
@@ -106,6 +109,22 @@ def test_options_stand_anywhere_among_the_overrides(words: list[str], capsys: py
     assert shown["train"]["steps"] == 3
     assert shown["mesh"]["data"] == 8
     assert not pathlib.Path("r").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "data"])
+def test_the_value_of_each_option_stays_behind_it(name: str) -> None:
+    given = inspect.signature(getattr(cli, name)).parameters
+    kinds = typing.get_type_hints(getattr(cli, name))
+    for option in (key for key, parameter in given.items() if parameter.kind is parameter.KEYWORD_ONLY):
+        value = [] if kinds[option] is bool else ["VALUE"]
+        for word in (f"--{option}", f"--{option.replace('_', '-')}"):
+            assert cli.gather_overrides([name, "a", word, *value, "b"]) == [name, "a", "b", word, *value]
+
+
+def test_a_corpus_is_built_by_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsjax.data.command.run", lambda what, words, workers, quiet: 10 * workers + len(words))
+    assert dsjax("data", "build", "SRC", "DST", "--workers", "8") == 82
+    assert dsjax("data", "build", "--workers", "8", "SRC", "DST", "fim.rate=0.5") == 83
 
 
 def test_print_config_shows_what_the_run_stores(trained: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

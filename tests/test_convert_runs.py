@@ -28,8 +28,9 @@ from dsjax.convert.names import Variable, read_arrays, variables_of
 from dsjax.convert.origin import HFFolder
 from dsjax.convert.run_tensors import RunTensors
 from dsjax.convert.store import StoredArray, StoredArrays, blocks, read_part, write_part
+from dsjax.data.hf_tokenizer import load_hf_tokenizer
 from dsjax.data.prepare import DataConfig
-from dsjax.data.tokenizer import train_tokenizer
+from dsjax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.mlp import MLPConfig
@@ -271,12 +272,22 @@ def test_a_model_that_was_trained_here_is_exported_with_its_tokenizer(tmp_path: 
     config = json.loads((back / "config.json").read_text())
     assert (config["model_type"], config["max_position_embeddings"], config["eos_token_id"]) == ("llama", 48, 0)
     assert config_from_hf(config) == dataclasses.replace(SMALL, groups=(dataclasses.replace(GROUP, num_layers=3),))
-    assert (back / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert json.loads((back / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+    ours, theirs = load_tokenizer(folder / "tokenizer.json"), load_hf_tokenizer(back)
+    assert theirs.tokenizer.begin_ids == theirs.tokenizer.put_in_front() == ours.begin_ids == (0,)
+    assert theirs.tokenizer.encode("some é").tolist() == ours.encode("some é").tolist()
+    assert theirs.end_ids == (ours.end_id,)
     tokens_BT = np.arange(12).reshape(2, 6)
     np.testing.assert_array_equal(logits(opened(folder), tokens_BT), logits(opened(back), tokens_BT))
     again = convert(back, tmp_path / "again")
     assert content(convert(again, tmp_path / "back2")) == content(back)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mesh": "fsdp=2"}, {"keep_fp8": True}, {"dtype": "float32"}, {"max_shard_size": "5GB"}]
+)
+def test_a_comparison_takes_no_options_of_a_conversion(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(options)).replace('_', '-')} does not go with --check"):
+        run(Request(pathlib.Path("a"), pathlib.Path("b"), check=True, **options))
 
 
 def test_what_no_family_has_is_named(tmp_path: pathlib.Path) -> None:

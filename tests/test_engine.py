@@ -253,6 +253,11 @@ def test_one_that_can_never_fit_says_so() -> None:
     made.submit(Request(prompt(30), 4, GREEDY))
     with pytest.raises(UserError, match="a request has 30 tokens, more than there are pages for; raise num_positions"):
         made.run()
+    made.submit(Request([1] * 5, 40, GREEDY, num_samples=2))  # it fits at first
+    after = made.submit(Request(prompt(5), 4, GREEDY))
+    with pytest.raises(UserError, match="more than there are pages for; raise num_positions"):
+        made.run()
+    assert made.run()[after][0].tokens == alone("full", tuple(prompt(5)), 4)  # the others go on
     with pytest.raises(UserError, match="a prompt is empty"):
         made.submit(Request([]))
     with pytest.raises(UserError, match="a prompt has 48 tokens; the engine holds 48"):

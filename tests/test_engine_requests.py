@@ -85,8 +85,9 @@ def test_what_a_request_can_not_have_is_said() -> None:
     for request, sentence in (
         (Request([1], stop=["a"]), "a request has stop strings; they need an engine that has a tokenizer"),
         (Request([1], top_log_probs=2), "top_log_probs is 2; the engine was made for 0"),
-        (Request([1], num_samples=0), "must be at least 1"),
-        (Request([1], max_tokens=0), "must be at least 1"),
+        (Request([1], top_log_probs=-1), "top_log_probs of a request is -1; it must be a whole number of at least 0"),
+        (Request([1], num_samples=0), "num_samples of a request is 0; it must be a whole number of at least 1"),
+        (Request([1], max_tokens=0), "max_tokens of a request is 0; it must be a whole number of at least 1"),
         (Request([1, 32, 2]), "a prompt has a token 32; the model has those from 0 to 31"),
         (Request([1, -1, 2]), "a prompt has a token -1; the model has those from 0 to 31"),
         (Request([1], sampling=SamplingConfig(-1.0)), r"temperature is -1\.0; it must be a number >= 0"),
@@ -99,6 +100,23 @@ def test_what_a_request_can_not_have_is_said() -> None:
     with pytest.raises(UserError, match=r"stop is .'a', ''.; it is a list of texts that are not empty"):
         engine("full", tokenizer=bytes_tokenizer()).submit(Request([1], stop=["a", ""]))
     assert not made.busy
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("max_tokens", 2.5, r"max_tokens of a request is 2\.5; it must be a whole number of at least 1"),
+        ("max_tokens", True, "max_tokens of a request is True; it must be a whole number of at least 1"),
+        ("num_samples", 1.5, r"num_samples of a request is 1\.5; it must be a whole number of at least 1"),
+        ("top_log_probs", 0.5, r"top_log_probs of a request is 0\.5; it must be a whole number of at least 0"),
+        ("seed", "1", "seed of a request is '1'; it must be a whole number$"),
+    ],
+)
+def test_what_would_fail_in_every_step_is_refused_at_once(name: str, value: Any, sentence: str) -> None:
+    request = Request([1])
+    object.__setattr__(request, name, value)  # in tests types are checked before that
+    with pytest.raises(UserError, match=sentence):
+        request.check(48, 1, has_tokenizer=True)
 
 
 @pytest.mark.parametrize("when", ["waiting", "prefilling", "decoding"])
@@ -157,6 +175,22 @@ def test_samples_begin_with_allowed_tokens() -> None:
     allowed[[7, 9]] = True
     number = made.submit(Request(prompt(13), 2, HOT, num_samples=6, first_tokens=allowed))
     assert {sample.tokens[0] for sample in made.run()[number]} == {7, 9}
+
+
+def test_the_first_tokens_probability_is_the_models_whatever_may_come_first() -> None:
+    made, allowed = engine("full", top_log_probs=4), np.zeros(32, bool)
+    free = only(made, Request(prompt(6), 3, GREEDY, top_log_probs=4))
+    allowed[[free.top[0][2][0], 3]] = True
+    for of in (made, engine("full", top_log_probs=4)):  # behind a prompt that was kept, and one that was not
+        got = only(of, Request(prompt(6), 3, GREEDY, first_tokens=allowed, top_log_probs=4))
+        token, log_prob = free.top[0][2]
+        assert got.tokens[0] == token
+        assert [i for i, _ in got.top[0]] == [i for i, _ in free.top[0]]
+        told = [got.log_probs[0], *(p for _, p in got.top[0])]
+        np.testing.assert_allclose(told, [log_prob, *(p for _, p in free.top[0])], atol=1e-5)  # float32 sums
+    ended = only(made, Request(prompt(6), 3, GREEDY, first_tokens=allowed, end_ids=[token]))
+    assert ended.finish == "end"
+    np.testing.assert_allclose(ended.end_log_prob, log_prob, atol=1e-5)
 
 
 def test_a_prompt_that_another_request_is_computing_is_waited_for() -> None:

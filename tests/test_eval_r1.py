@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import pathlib
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ from small_runs import home, small
 
 from dsjax.cli import main
 from dsjax.config import UserError, to_dict
-from dsjax.evals.command import Request
+from dsjax.evals.command import Request, Task
+from dsjax.evals.command import run as evaluate
 from dsjax.evals.exercises import HeldOutExercises, asked_config, markdown, refuse_without_documents, task_of
 from dsjax.evals.solved import Solved
 from dsjax.rl.exercises.exercise import Exercise
@@ -193,10 +194,29 @@ def test_options_are_checked(options: dict[str, Any], sentence: str) -> None:
 
 def test_options_of_the_command_go_together() -> None:
     for request, sentence in (
-        (Request(pathlib.Path("r"), "tasks", exercises="s"), "--exercises is s; it does not go with --task tasks"),
+        (Request(pathlib.Path("r"), "tasks", exercises="s"), "--exercises does not go with --task tasks, but"),
         (Request(pathlib.Path("r"), samples=0), "--samples is 0; it must be at least 1"),
-        (Request(pathlib.Path("r"), length=8), "--length is 8; it is a number of tokens from 1, or 0"),
+        (Request(pathlib.Path("r"), length=8), "--length does not go with --task report or exercises, but with needle"),
+        (Request(pathlib.Path("r"), length=-1), "--length is -1; it must be at least 0"),
+        (Request(pathlib.Path("r"), "repair", limit=-1), "--limit is -1; it must be at least 0"),
+        (Request(pathlib.Path("r"), "report", output=pathlib.Path("o")), "--output does not go with --task report"),
+        (Request(pathlib.Path("r"), "needle", seed=0), "--seed does not go with --task needle, but with repair"),
+        (Request(pathlib.Path("r"), "repair", max_tokens=9), "--max-tokens does not go with --task repair"),
+        (Request(pathlib.Path("r"), exercises="s", problems="p"), "--problems does not go with --task exercises"),
+        (Request(pathlib.Path("r"), grammar=True), "--grammar does not go with --task report or exercises"),
     ):
         with pytest.raises(UserError) as error:
             request.check()
         assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("task", get_args(Task))
+def test_options_that_are_not_given_go_with_every_task(task: Task) -> None:
+    Request(pathlib.Path("r"), task, quiet=True).check()
+
+
+def test_what_a_run_learned_from_says_which_options_go_with_it(tmp_path: pathlib.Path) -> None:
+    request = Request(folder_of(small(), tmp_path / "text"), temperature=0.5)
+    request.check()
+    with pytest.raises(UserError, match="--temperature does not go with --task report, but with exercises"):
+        evaluate(request)

@@ -97,6 +97,11 @@ def test_samples_come_one_after_another(capsys: pytest.CaptureFixture[str]) -> N
     assert out == "".join(f"--- sample {i} of 3\n{PROMPT}{sample.text}\n" for i, sample in enumerate(want, 1))
 
 
+def test_a_sample_that_ends_at_once_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = printed(capsys, Options(PROMPT, chat=True, n=2, max_tokens=8, sampling=HOT), end_ids=range(300))
+    assert out == "--- sample 1 of 2\n\n--- sample 2 of 2\n\n"
+
+
 def test_json_has_a_line_for_each_sample(capsys: pytest.CaptureFixture[str]) -> None:
     (stop,) = {sample.text[3:5] for sample in expected(IDS, max_tokens=8, sampling=GREEDY)}
     out, _ = printed(capsys, Options(PROMPT, n=2, max_tokens=8, sampling=GREEDY, stop=(stop,), json=True))

@@ -192,7 +192,8 @@ def test_all_that_was_remembered_can_be_forgotten_at_any_time(monkeypatch: pytes
 
 def test_a_text_is_brought_to_its_end_in_time() -> None:
     """Five tokens for ``x = (``: the bracket has to close at once."""
-    constraint = grammar().begin(tokenizer().encode("x = (").tolist(), [tokenizer().end_id])
+    end = tokenizer().end_id  # and one that the model states, without a text
+    constraint = grammar().begin(tokenizer().encode("x = (").tolist(), [end, 5000])
     for left in range(12, 0, -1):
         token = int(np.flatnonzero(bits(constraint.row(left), tokenizer().vocab_size))[-1])
         if token == tokenizer().end_id:

@@ -130,9 +130,15 @@ def check(request: Request) -> int:
 
     Returns:
         0, or :data:`EXIT_DIFFERENT`.
+
+    Raises:
+        UserError: an option was given that says how to convert; or as :func:`run`.
     """
     from dsjax.convert.check import ThereAndBack, compare
 
+    for name in ("mesh", "keep_fp8", "dtype", "max_shard_size"):
+        if getattr(request, name):
+            raise UserError(f"--{name.replace('_', '-')} does not go with --check, which writes nothing")
     source = opened(request.source)
     if request.target is not None:
         names, target = (str(request.source), str(request.target)), opened(request.target)

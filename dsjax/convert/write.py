@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dsjax.config import UserError
+from dsjax.config import UserError, read_json
 from dsjax.convert.fp8 import BF16, FP8, SCALE
 from dsjax.convert.journal import Journal, identity
 from dsjax.convert.origin import (
@@ -31,6 +31,7 @@ from dsjax.convert.parallel import each
 from dsjax.convert.read import FORMAT, IN_FLIGHT, Say, check_space, is_file_of, silent, told
 from dsjax.convert.run_tensors import RunTensors
 from dsjax.convert.store import blocks
+from dsjax.data.tokenizer import load_tokenizer
 from dsjax.tensor_files import DTYPES, INDEX, SINGLE
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -245,11 +246,20 @@ def write_rest(target: pathlib.Path, export: Export) -> None:
 
 
 def _write_tokenizer(tensors: RunTensors, target: pathlib.Path) -> None:
-    """Writes the files that Hugging Face's library wants of a tokenizer of ours."""
+    """Writes the files that Hugging Face's library wants of a tokenizer of ours: what ends a text begins it, too."""
     if not tensors.run.tokenizer.is_file():
         return
-    copy_file(tensors.run.tokenizer, target / TOKENIZER)
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tensors.config.data.end_token}
-    write_json(target / "tokenizer_config.json", names)
+    end = tensors.config.data.end_token
+    end_id = load_tokenizer(tensors.run.tokenizer, end_token=end).end_id
+    put, text = {"SpecialToken": {"id": end, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    in_front = {
+        "type": "TemplateProcessing",
+        "single": [put, text],
+        "pair": [put, text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {end: {"id": end, "ids": [end_id], "tokens": [end]}},
+    }
+    write_json(target / TOKENIZER, read_json(tensors.run.tokenizer) | {"post_processor": in_front})
+    names = {"eos_token": end, "bos_token": end, "add_bos_token": True}
+    write_json(target / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
     ends = {"eos_token_id": tensors.hf_config["eos_token_id"]}
     write_json(target / "generation_config.json", ends)

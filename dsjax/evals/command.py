@@ -11,6 +11,24 @@ from dsjax.config import UserError
 Task = Literal["", "report", "exercises", "needle", "repair", "humaneval", "mbpp", "tasks"]
 PROGRAM_TOKENS = 384  # of a program at the most, if not said
 
+_PROGRAMS = ("humaneval", "mbpp", "tasks")
+_SOLUTIONS = ("exercises", *_PROGRAMS)
+# The tasks that an option says something about; with others it is refused.
+GOES_WITH: dict[str, tuple[str, ...]] = {
+    "samples": ("report", "needle", *_SOLUTIONS),
+    "length": ("needle",),
+    "k": _SOLUTIONS,
+    "problems": _PROGRAMS,
+    "exercises": ("exercises",),
+    "limit": ("repair", *_SOLUTIONS),
+    "max_tokens": _SOLUTIONS,
+    "temperature": _SOLUTIONS,
+    "grammar": _PROGRAMS,
+    "chat": _PROGRAMS,
+    "seed": ("repair", *_SOLUTIONS),
+    "output": ("repair", *_SOLUTIONS),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -36,12 +54,19 @@ class Request:
         """Raises UserError: a value is out of range, or does not go with another."""
         if self.samples is not None and self.samples < 1:
             raise UserError(f"--samples is {self.samples}; it must be at least 1")
-        if self.length < 0 or (self.length and self.task != "needle"):
-            raise UserError(
-                f"--length is {self.length}; it is a number of tokens from 1, or 0, and goes with --task needle"
-            )
-        if self.exercises and self.task not in ("", "exercises"):
-            raise UserError(f"--exercises is {self.exercises}; it does not go with --task {self.task}")
+        for name, number in (("length", self.length), ("limit", self.limit)):
+            if number < 0:
+                raise UserError(f"--{name} is {number}; it must be at least 0")
+        self.refuse_options(self.task or ("exercises" if self.exercises else ""))
+
+    def refuse_options(self, task: str) -> None:
+        """Raises UserError: an option was given that says nothing about a task; empty: about neither default."""
+        tasks = (task,) if task else ("report", "exercises")
+        for field in dataclasses.fields(self):
+            known = GOES_WITH.get(field.name, tasks)
+            if getattr(self, field.name) != field.default and not set(tasks) & set(known):
+                name = field.name.replace("_", "-")
+                raise UserError(f"--{name} does not go with --task {' or '.join(tasks)}, but with {', '.join(known)}")
 
 
 def run(request: Request) -> int:
@@ -54,6 +79,7 @@ def run(request: Request) -> int:
 
     folder, output, quiet = request.folder, request.output, request.quiet
     task = request.task or ("exercises" if request.exercises else task_of(folder))
+    request.refuse_options(task)
     if task in ("report", "needle", "repair"):
         refuse_without_documents(folder, task)
     if task == "exercises":

@@ -31,6 +31,7 @@ def admit(engine: Any) -> None:
         running.keys = keys[part]
         if not seats.give(running, part, chains[part]):
             if not any(engine.rows) and not (chains[part] and seats.give(running, part, [])):
+                engine.cancel(running.number)  # the others go on
                 raise too_long(running)
             break
     seats.copy()

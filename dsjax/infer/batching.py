@@ -109,6 +109,7 @@ class Engine:
         self.rows: list[Running | None] = [None] * batch_size
         self.waiting: deque[Running] = deque()
         self.counts, self._number, self._queues = Counts(), 0, dict[int, deque[Event]]()
+        self._told: list[Event] = []  # in a run that has not returned
         self.streams, self.pause, self._seconds = streams, pause, math.inf  # of a step
 
     def _make_cache(self, model: Any, dtype: Any, batch_size: int, page_size: int, num_positions: int) -> None:
@@ -207,10 +208,15 @@ class Engine:
             del self._queues[number]
 
     def run(self) -> dict[int, list[Completion]]:
-        """Steps until nothing is left; what came of each request from now on, a continuation for each sample."""
-        events: list[Event] = []
+        """Steps until nothing is left; what came of each request from now on, a continuation for each sample.
+
+        Raises:
+            UserError: a request is too long for all pages together. It is given up; the others go on in the next call,
+                which tells all that came of them.
+        """
         while self.busy:
-            events += self.step()
+            self._told += self.step()
+        events, self._told = self._told, []
         return collected(events)
 
     @property
@@ -245,7 +251,7 @@ class Engine:
         for taken in (None, state):
             self._place(0, [], 0, taken)
         allowed_V, of_row = np.ones(self.behind.logits_BV.shape[1], bool), self.programs.behind(self.behind, 0)
-        self.behind = self.programs.set_behind(self.behind, 0, of_row, allowed_V)
+        self._restrict(0, of_row, allowed_V)
         for rows in sorted({1, self.tables.rows_of_part}):
             self.copy(0, [], rows)
 
@@ -296,7 +302,13 @@ class Engine:
         elif of_row is None:
             return
         of_row = self.programs.behind(self.behind, running.row) if of_row is None else of_row
-        self.behind = self.programs.set_behind(self.behind, running.row, of_row, allowed_V)
+        unrestricted = self._restrict(running.row, of_row, allowed_V)
+        running.unrestricted = None if running.request.first_tokens is None else unrestricted
+
+    def _restrict(self, row: int, of_row: Behind, allowed_V: np.ndarray) -> tuple[Any, Any, Any]:
+        given = (self.behind, row, of_row, allowed_V)
+        self.behind, unrestricted = self.programs.set_behind(*given, num_top=self.top_log_probs)
+        return unrestricted
 
     def copy(self, part: int, pages: list[tuple[int, int, int, int]], rows: int = 1) -> None:
         """Copies (group, logical page, from, to) of so many rows in the pools of one batch part."""
@@ -426,6 +438,7 @@ class Engine:
             while r.row >= 0 and r.decodes and not self.grow(r.row, r.filled, min(r.filled + more, r.limit)):
                 sharing = [other for other in self.running() if self.part(other.row) == self.part(r.row)]
                 if sharing == [r]:
+                    self.cancel(r.number)  # the others go on
                     raise too_long(r)
                 self._preempt(sharing[-1])
 

@@ -171,7 +171,7 @@ def _print_text(events: Iterator[Event], n: int, shown: str) -> None:
         texts[event.sample] += event.text
         ended[event.sample] = event.ended
         while at < n:
-            if n > 1 and printed == 0 and texts[at]:
+            if n > 1 and printed == 0 and (texts[at] or ended[at]):
                 print(f"--- sample {at + 1} of {n}")
             print(texts[at][printed:], end="", flush=True)
             printed = len(texts[at])

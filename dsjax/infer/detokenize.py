@@ -11,6 +11,7 @@ from dsjax.data.tokenizer import Tokenizer
 
 CUT = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8  # tokens of a prompt that the text of the next may depend on: a first word may lack the space before it
+CHARACTER = 4  # tokens of one character at the most: its bytes
 MOST = 64  # tokens that are no text so far: they will not become any
 
 
@@ -73,9 +74,22 @@ class _Window:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int], healed: int | None):
         self._tokenizer = tokenizer
+        start, text = self._behind([*before, *([] if healed is None else [healed])])
         # The last tokens; where among them a character ended last; how much of their text has been dealt with.
-        self._ids, self._whole = list(before[-CONTEXT:]), 0
-        self._shown = len(self._text([*self._ids, *([] if healed is None else [healed])]).rstrip(CUT))
+        self._ids, self._whole, self._shown = list(before[start:]), 0, len(text)
+
+    def _behind(self, ids: Sequence[int]) -> tuple[int, str]:
+        """Where the last tokens begin, and their text, both without halves of characters.
+
+        A decoder may take all the bytes of a text for none, if one character among them lacks some.
+        """
+        last, most = max(0, len(ids) - CONTEXT), CHARACTER - 1
+        starts, ends = range(last, max(last - most, 0) - 1, -1), range(len(ids), max(len(ids) - most, 0) - 1, -1)
+        for end, start in itertools.product(ends, starts):
+            text = self._text(ids[start:end])
+            if text == text.strip(CUT):
+                return start, text
+        return last, self._text(ids[last:]).rstrip(CUT)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids)
@@ -120,6 +134,6 @@ class _Written:
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    """Raises UserError if a stop string is empty."""
-    if isinstance(stop, str) or "" in stop:
+    """Raises UserError if a stop string is empty, or no text."""
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
         raise UserError(f"stop is {stop!r}; it is a list of texts that are not empty")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.infer.sampling import RowSampling
 from dsjax.infer.speculation import Behind, Tokens, behind_shardings, speculate, with_hidden
@@ -39,7 +39,9 @@ class Programs:
             what of a text is open with these features (of a cache with scopes, else None).
         state: (cache, row) -> the row's :class:`dsjax.nn.cache.RowState` of each group.
         behind: (behind, row) -> the row's.
-        set_behind: (behind, row, of_row, allowed_V) -> behind: a row's are those, logits -inf where not allowed.
+        set_behind: (behind, row, of_row, allowed_V, num_top=) -> (behind, (log_prob, top_X, top_log_prob_X)): a row's
+            are those, logits -inf where not allowed; and what the model gives all that are allowed together, and the
+            likeliest of all tokens.
         copy: (cache, sources, targets) -> cache: in each group's pools, (devices, C) pages; -1: none.
     """
 
@@ -126,7 +128,9 @@ def make_programs(graph: Any, mesh: Mesh, rules: Rules, num_groups: int, draft: 
         place=jax.jit(place, out_shardings=cache, donate_argnames="cache"),
         state=jax.jit(row_state),
         behind=jax.jit(lambda behind, row: jax.tree.map(lambda x: x[row], behind), out_shardings=of_row),
-        set_behind=jax.jit(set_behind, donate_argnames="behind", out_shardings=behind),
+        set_behind=jax.jit(
+            set_behind, donate_argnames="behind", static_argnames="num_top", out_shardings=(behind, whole)
+        ),
         copy=jax.jit(copy, out_shardings=cache, donate_argnames="cache"),
     )
 
@@ -164,10 +168,15 @@ def place(cache: Cache, row: Any, tokens_S: Int[Array, " S"], state: Any, featur
     return Cache(tuple(groups), cache.lengths_B, cache.tokens_BS.at[row].set(tokens_S), scopes)
 
 
-def set_behind(behind: Behind, row: Any, of_row: Behind, allowed_V: Bool[Array, " V"]) -> Behind:
-    """A row's are those, logits -inf where not allowed."""
-    of_row = dataclasses.replace(of_row, logits_BV=jnp.where(allowed_V, of_row.logits_BV, -jnp.inf))
-    return jax.tree.map(lambda x, new: x.at[row].set(new), behind, of_row)
+def set_behind(
+    behind: Behind, row: Any, of_row: Behind, allowed_V: Bool[Array, " V"], num_top: int
+) -> tuple[Behind, tuple[Float[Array, ""], Int[Array, " X"], Float[Array, " X"]]]:
+    """A row's are those, logits -inf where not allowed; and what the model says without that."""
+    logits_V = of_row.logits_BV
+    allowed = dataclasses.replace(of_row, logits_BV=jnp.where(allowed_V, logits_V, -jnp.inf))
+    total, best = jax.nn.logsumexp(logits_V), jax.lax.top_k(logits_V, num_top)
+    unrestricted = (jax.nn.logsumexp(allowed.logits_BV) - total, best[1], best[0] - total)
+    return jax.tree.map(lambda x, new: x.at[row].set(new), behind, allowed), unrestricted
 
 
 def copied(cache: Cache, sources: Any, targets: Any) -> Cache:

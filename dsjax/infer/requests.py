@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -29,11 +29,12 @@ class Request:
         num_samples: continuations; number i has seed ``seed + i``. The prompt is computed once for all of them.
         end_ids: tokens that end it; None: the engine's; empty: none does.
         stop: texts that end it. The token that completes one is the last.
-        first_tokens: a mask of the V tokens that may come first (see :func:`dsjax.infer.engine.heal`).
+        first_tokens: a mask of the V tokens that may come first (see :func:`dsjax.infer.engine.heal`). Probabilities
+            that are told are the model's own, whatever may come.
         healed: the token in whose place the first one comes: its text is not new.
         top_log_probs: how many of the likeliest tokens to tell at each place, up to the engine's.
-        grammar: what the text must stay within; it ends as a whole program. None: nothing. Probabilities that are told
-            are the model's own, whatever may come.
+        grammar: what the text must stay within; it ends as a whole program. None: nothing. Of probabilities, as with
+            ``first_tokens``.
         program: where the program begins: the number of tokens in front of it, of ``before`` and the prompt.
         before: tokens of the same text in front of the prompt, that the model does not see any more. Grammar and
             structure are read from there.
@@ -63,8 +64,12 @@ class Request:
         if length >= max_length:
             raise UserError(f"a prompt has {length} tokens; the engine holds {max_length} with what it generates")
         validate(self.sampling)
-        if self.max_tokens < 1 or self.num_samples < 1:
-            raise UserError("max_tokens and num_samples of a request must be at least 1")
+        for name, least in (("max_tokens", 1), ("num_samples", 1), ("top_log_probs", 0), ("seed", None)):
+            value = getattr(self, name)
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            if not whole or (least is not None and value < least):
+                allowed = "a whole number" if least is None else f"a whole number of at least {least}"
+                raise UserError(f"{name} of a request is {value!r}; it must be {allowed}")
         if self.top_log_probs > top_log_probs:
             raise UserError(f"top_log_probs is {self.top_log_probs}; the engine was made for {top_log_probs}")
         if self.stop and not has_tokenizer:
@@ -162,7 +167,8 @@ class Running:
     ``keys`` are those of its prefixes on the batch part of its row. What modules draft from is known of the positions
     from ``begun`` on. With structure, ``read_prompt`` reads the prompt once for all samples, and ``reading`` is where
     this one is. ``experts_SLK`` are the experts that its positions went to, -1 where that is not known yet; None: it is
-    not told.
+    not told. ``unrestricted``: what the model gave all tokens that may come first together, and the likeliest of all;
+    None: any may come.
     """
 
     number: int
@@ -179,6 +185,7 @@ class Running:
     filled: int = 0
     begun: int = 0
     experts_SLK: np.ndarray | None = None
+    unrestricted: tuple[Any, Any, Any] | None = None
     keys: list[bytes] = dataclasses.field(default_factory=list)
     keys_of_part: dict[int, list[bytes]] = dataclasses.field(default_factory=dict)
 
@@ -219,6 +226,8 @@ class Running:
 
     def add(self, new: Decoded, draft: int) -> Event:
         """Takes what was decoded, with ``draft`` drafts a step, up to where it ends."""
+        if self.num_new == 0 and self.unrestricted is not None:
+            new = new.among_all(*self.unrestricted)
         text, taken, finish = "", 0, cast(Finish | None, None)
         for token in new.tokens[: self.limit - len(self.tokens)]:
             if token in self.end_ids:
@@ -264,6 +273,13 @@ class Decoded:
     top: list[list[tuple[int, float]]]
     drafted: list[bool]
     experts: np.ndarray | None = None
+
+    def among_all(self, log_prob: Any, top_X: Any, top_log_prob_X: Any) -> Decoded:
+        """With the first token as the model saw it, which gave all that might come there ``log_prob`` together."""
+        first = [own + float(log_prob) for own in self.log_probs[:1]]
+        best = list(zip(np.asarray(top_X).tolist(), np.asarray(top_log_prob_X).tolist(), strict=True))
+        top = [best for _ in self.top[:1]]
+        return dataclasses.replace(self, log_probs=first + self.log_probs[1:], top=top + self.top[1:])
 
 
 @dataclasses.dataclass

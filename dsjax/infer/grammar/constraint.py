@@ -83,7 +83,8 @@ class Constraint:
 
     def __init__(self, grammar: PythonGrammar, prompt: Sequence[int], end_ids: Sequence[int]):
         self.grammar, self.masks, reader = grammar, grammar.masks, grammar.masks.reader
-        self._ends = packed(list(end_ids), len(self.masks.texts))
+        size = len(self.masks.texts)
+        self._ends = packed([i for i in end_ids if i < size], size)  # a model may state ids that it has no text for
         self.text = bytearray().join(self.masks.texts[i] for i in prompt if i < len(self.masks.texts))
         self.no_end = False
         self._closing: bytes | None = None
