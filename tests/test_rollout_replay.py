@@ -321,8 +321,8 @@ def test_a_text_ends_by_itself_by_a_stop_string_or_by_its_length() -> None:
         ([[0, 1], [0] * 37], {}, "prompt 1 has 37 tokens, and max_tokens is 12; .* at most 48 positions"),
         ([[0] * 48], {}, "a prompt has 48 tokens; the engine holds 48"),
         ([[0], []], {}, "a prompt is empty"),
-        ([[0]], {"max_tokens": 0}, "max_tokens and num_samples"),
-        ([[0]], {"num_samples": 0}, "max_tokens and num_samples"),
+        ([[0]], {"max_tokens": 0}, "max_tokens of a request is 0"),
+        ([[0]], {"num_samples": 0}, "num_samples of a request is 0"),
         ([[0]], {"stop": [""]}, "stop"),
     ],
 )
