@@ -319,18 +319,17 @@ def material(tokenizer: Tokenizer, config: R1, say: Say) -> tuple[R1, Corpus, No
     return config, dataclasses.replace(corpus, fingerprint=digest.hexdigest()), None
 
 
+def sampler_of(config: R1, trainer: Any, mesh: Any, tokenizer: Tokenizer) -> Sampler:
+    """What writes texts to learn from."""
+    tells = bool(config.model.experts())
+    return make_sampler(config.rollout, trainer, mesh, tokenizer, config.data.seq_len, tell_experts=tells)
+
+
 def parts(families: Mapping[str, Family], rewards: Rewards, setting: Setting) -> dict[str, Any]:
     """What the loop gets."""
     config, tokenizer = cast(R1, setting.config), setting.corpus.tokenizer
     course = Course(config, families, setting.corpus.fingerprint)
-    sampler = make_sampler(
-        config.rollout,
-        setting.trainer,
-        setting.mesh,
-        tokenizer,
-        config.data.seq_len,
-        tell_experts=bool(config.model.experts()),
-    )
+    sampler = sampler_of(config, setting.trainer, setting.mesh, tokenizer)
     scorer = Scorer(setting.trainer.graph, setting.mesh, training_rules(config.mesh), config, tokenizer.end_id)
     practice = Practice(
         config,
