@@ -6,7 +6,7 @@
 One dense layer, then 27 of 64 experts, top-6 by softmax and not normalised, and two shared ones; balanced within each
 sequence.
 
-Result: not yet run; planned in docs/plan.md.
+Result: not yet run.
 """
 
 from dsjax.data.prepare import DataConfig

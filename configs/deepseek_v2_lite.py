@@ -7,7 +7,7 @@
 input. One dense layer, then 26 of 64 experts, top-6 by softmax and not normalised, and two shared ones; balanced within
 each sequence.
 
-Result: not yet run; planned in docs/plan.md.
+Result: not yet run.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ numbers a layer. Three dense layers, then 58 of 256 experts in 8 groups: sigmoid
 whose two best add up to most, normalised and times 2.5, and a shared one; balanced by a bias, and a little within each
 sequence.
 
-Result: not yet run; planned in docs/plan.md.
+Result: not yet run.
 """
 
 from dsjax.data.prepare import DataConfig

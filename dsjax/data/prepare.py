@@ -491,4 +491,4 @@ def _fingerprint(content: str, cfg: DataConfig) -> str:
     weights = [float(source.weight) for source in cfg.sources]
     other_end = () if cfg.end_token == END else (cfg.end_token,)  # of a tokenizer whose file has several
     settings = (_ROWS_VERSION, content, cfg.seq_len, cfg.seed, weights, *other_end)
-    return hashlib.sha256(repr(settings).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
