@@ -223,10 +223,15 @@ def test_the_tests_runs_could_be_a_users(variant: str) -> None:
     ("overrides", "sentence"),
     [
         ({"data": {"seq_len": 9}}, r"data\.seq_len is 9; there is a prompt of reverse 1 with \d+ tokens"),
-        ({"report": {"prompts": 10**5}}, r"report\.prompts is 100000; reverse has \d+ different exercises of level 1"),
-        (
-            {"report": {"validation": 10**5}, "train": {"eval_every": 1}},
-            r"report\.validation is 100000; reverse has \d+ different exercises of level 1",
+        pytest.param(
+            {"report": {"prompts": 2500}},
+            r"report\.prompts is 2500; reverse has \d+ different exercises of level 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"report": {"validation": 2500}, "train": {"eval_every": 1}},
+            r"report\.validation is 2500; reverse has \d+ different exercises of level 1",
+            marks=pytest.mark.slow,
         ),
     ],
 )
