@@ -8,7 +8,6 @@ import pathlib
 import re
 import shutil
 import signal
-import types
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from dsjax.config import UserError, load_config, validate
 from dsjax.rl.arms import Arm
 from dsjax.rl.curriculum import Choice
 from dsjax.rl.exercises.config import ExercisesConfig, families_of
-from dsjax.rl.exercises.exercise import exercise_of
 from dsjax.sharding import MeshConfig
-from dsjax.train.practice import Practice
+from dsjax.train.course import Course
+from dsjax.train.practice import with_room
 from dsjax.train.r1 import byte_tokenizer, check, run
 from dsjax.train.r1_report import named_levels, plot_solved, report_of
-from dsjax.train.writing import check_course, prompts_that_fit
+from dsjax.train.writing import check_course, leaves_room
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -253,13 +252,13 @@ def test_prompts_that_are_too_long_are_passed_over(tmp_path: pathlib.Path) -> No
     assert re.fullmatch(r"\d+ of \d+ prompts of file/sums 1 leave no room for a text: left out", said[0])
     with pytest.raises(UserError, match=r"data\.seq_len is 8; with a rollout\.max_tokens of 6 it has no room for any"):
         check_course([family], tokenizer, cfg, 8, said.append)
-    course = types.SimpleNamespace(exercise=lambda choice: exercise_of(family, 1, "training", choice.number))
-    practice = Practice(r1(), course, None, None, None, tokenizer, None, None, None)  # type: ignore[arg-type]
+    course, arm = Course(r1(), {family.name: family}, "f" * 64), Arm(family.name, 1)
     for number in range(64):
-        choice = practice._fitting(Choice(Arm("file/sums", 1), number))
-        assert prompts_that_fit([course.exercise(choice)], tokenizer, cfg, 32) == [True]
-        if prompts_that_fit([course.exercise(Choice(Arm("file/sums", 1), number))], tokenizer, cfg, 32) == [True]:
-            assert choice.number == number
+        chosen = Choice(arm, number, 0)
+        taken = with_room(chosen, course, tokenizer, r1())
+        assert leaves_room(course.exercise(taken), tokenizer, cfg, 32)
+        if leaves_room(course.exercise(chosen), tokenizer, cfg, 32):
+            assert taken.number == number
 
 
 def test_a_changed_run_is_not_gone_on_with(tmp_path: pathlib.Path) -> None:

@@ -40,7 +40,7 @@ from dsjax.sharding import Rules, replicated, training_rules, use_mesh
 from dsjax.train.course import Course, Worth, Written, metrics_of
 from dsjax.train.loop import Counters
 from dsjax.train.step import TrainState
-from dsjax.train.writing import prompts_that_fit
+from dsjax.train.writing import leaves_room
 
 TRIES = 256  # numbers behind that of an exercise whose prompt is too long
 LENGTH_STEP = 32  # of arrays of one text a row, whose shapes programs are compiled for
@@ -244,7 +244,7 @@ class Practice:
 
     def _write(self, variables: Any, choices: Sequence[Choice], *number: int) -> Written:
         cfg = self._cfg.rollout
-        choices = [self._fitting(choice) for choice in choices]
+        choices = [with_room(choice, self._course, self._tokenizer, self._cfg) for choice in choices]
         exercises = [self._course.exercise(choice) for choice in choices]
         rollouts = self._sampler.sample(
             variables,
@@ -256,19 +256,6 @@ class Practice:
             stop=cfg.stop,
         )
         return Written(tuple(choices), tuple(exercises), tuple(map(tuple, rollouts)))
-
-    def _fitting(self, choice: Choice) -> Choice:
-        """What was chosen, or the next one of its arm whose prompt leaves room for a text."""
-        cfg = self._cfg
-        for number in range(choice.number, choice.number + TRIES):
-            candidate = choice._replace(number=number)
-            exercise = self._course.exercise(candidate)
-            if prompts_that_fit([exercise], self._tokenizer, cfg.rollout, cfg.data.seq_len)[0]:
-                return candidate
-        raise UserError(
-            f"data.seq_len is {cfg.data.seq_len}; of {TRIES} prompts of {choice.arm} none leaves room for"
-            f" rollout.max_tokens, {cfg.rollout.max_tokens}: raise it"
-        )
 
     # ------------------------------------------------------------ arrays
 
@@ -319,6 +306,25 @@ class Practice:
         if not cfg.replay:
             rows = dataclasses.replace(rows, experts_NTLK=None)
         return experience_of(rows, counts_N, found.advantage_BT, np.nan_to_num(old_NT), **further), metrics
+
+
+def with_room(choice: Choice, course: Course, tokenizer: Tokenizer, cfg: Any) -> Choice:
+    """What was chosen, or the next one of its arm whose prompt leaves room for a text.
+
+    Args:
+        cfg: the config of the run, a :class:`dsjax.train.r1.R1`.
+
+    Raises:
+        UserError: none of ``TRIES`` does.
+    """
+    for number in range(choice.number, choice.number + TRIES):
+        candidate = choice._replace(number=number)
+        if leaves_room(course.exercise(candidate), tokenizer, cfg.rollout, cfg.data.seq_len):
+            return candidate
+    raise UserError(
+        f"data.seq_len is {cfg.data.seq_len}; of {TRIES} prompts of {choice.arm} none leaves room for"
+        f" rollout.max_tokens, {cfg.rollout.max_tokens}: raise it"
+    )
 
 
 def mean_over(mask: np.ndarray, x: np.ndarray) -> float:

@@ -98,11 +98,9 @@ def make_sampler(
 # ---------------------------------------------------------------- prompts
 
 
-def prompts_that_fit(
-    exercises: Sequence[Exercise], tokenizer: Tokenizer, cfg: WritingConfig, seq_len: int
-) -> list[bool]:
-    """Of each exercise whether its prompt leaves room for a text."""
-    return [len(prompt_tokens(tokenizer, exercise)) + cfg.max_tokens <= seq_len for exercise in exercises]
+def leaves_room(exercise: Exercise, tokenizer: Tokenizer, cfg: WritingConfig, seq_len: int) -> bool:
+    """Whether there is room for a text behind the prompt."""
+    return len(prompt_tokens(tokenizer, exercise)) + cfg.max_tokens <= seq_len
 
 
 def check_prompts(exercises: Sequence[Exercise], tokenizer: Tokenizer, cfg: WritingConfig, seq_len: int) -> None:
@@ -111,8 +109,8 @@ def check_prompts(exercises: Sequence[Exercise], tokenizer: Tokenizer, cfg: Writ
     Raises:
         UserError: one does not.
     """
-    for exercise, fits in zip(exercises, prompts_that_fit(exercises, tokenizer, cfg, seq_len), strict=True):
-        if not fits:
+    for exercise in exercises:
+        if not leaves_room(exercise, tokenizer, cfg, seq_len):
             raise UserError(
                 f"data.seq_len is {seq_len}; there is a prompt of {exercise.family} {exercise.level} with"
                 f" {len(prompt_tokens(tokenizer, exercise))} tokens, and rollout.max_tokens is {cfg.max_tokens}: raise"
@@ -133,7 +131,7 @@ def check_course(
             size = family.size(level)
             num = TRIED if size is None else len(numbers_of(family, level, "training"))
             some = draw(family, level, "training", seed=0, num=num)
-            fitting = sum(prompts_that_fit(some, tokenizer, cfg, seq_len))
+            fitting = sum(leaves_room(exercise, tokenizer, cfg, seq_len) for exercise in some)
             if not fitting:
                 raise UserError(
                     f"data.seq_len is {seq_len}; with a rollout.max_tokens of {cfg.max_tokens} it has no room for any"
