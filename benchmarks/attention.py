@@ -48,7 +48,9 @@ def compare(*, rounds: int = 5, torch_python: str = "") -> dict[str, Any]:
             figures[case]["times_faster"] = {k: v["median_s"] / mine for k, v in times.items() if k != "segmented"}
         ask = workers["segmented"].ask
         for case, size in TOP_CASES.items():
-            calls = {str(length): functools.partial(ask, f"{length} of {size}") for length in TOP_LENGTHS}
+            calls: dict[str, Callable[[], float]] = {
+                str(length): functools.partial(ask, f"{length} of {size}") for length in TOP_LENGTHS
+            }
             times = figures[case] = _times(calls, rounds)
             few, many = (times[str(length)]["median_s"] for length in TOP_LENGTHS)
             pairs = [_visible_pairs(length, size) for length in TOP_LENGTHS]
@@ -162,7 +164,8 @@ def _memory() -> dict[str, dict[str, int]]:
         sizes = found["all tails" if top_segments is None else f"top_segments {TOP}"] = {}
         for length in MEMORY_LENGTHS:
             x = jax.ShapeDtypeStruct((1, length, HEADS, WIDTH), jax.numpy.float32)
-            sizes[str(length)] = call.lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
+            compiled: Any = call.lower(x, x, x, x).compile()
+            sizes[str(length)] = compiled.memory_analysis().temp_size_in_bytes
     return found
 
 

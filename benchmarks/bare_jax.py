@@ -93,7 +93,7 @@ def loss_fn(params: dict, batch: dict, spec: Spec) -> jax.Array:
     mask_B1TS = (ids_BT[:, None, :, None] == ids_BT[:, None, None, :]) & jnp.tril(jnp.ones((T, T), bool))
 
     x = params["embed"][tokens_BT]
-    balance = 0.0
+    balance = jnp.zeros(())
     for layer in params["layers"]:
         x = x + attention(rms_norm(x, layer["attention_norm"]), layer, mask_B1TS, angles, spec)
         h_RD = rms_norm(x, layer["ff_norm"]).reshape(B * T, -1)

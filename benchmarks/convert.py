@@ -69,7 +69,7 @@ def write_checkpoint(folder: pathlib.Path, config: dict[str, Any]) -> None:
     model = config_from_hf(config)
     shapes = {name: place.shape for name, place in places(model, config, variables_of(model)).items()}
     share = 2 * sum(map(math.prod, shapes.values())) / SHARDS
-    rng, written, where = np.random.default_rng(0), 0.0, {}
+    rng, written, where = np.random.default_rng(0), 0.0, dict[str, str]()
     shards: list[list[str]] = [[] for _ in range(SHARDS)]
     for name, shape in shapes.items():
         shards[min(int(written / share), SHARDS - 1)].append(name)

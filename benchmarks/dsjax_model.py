@@ -19,7 +19,7 @@ def config(name: str) -> Any:
 
     spec = SPECS[name]
     attention = AttentionConfig(spec.num_heads, spec.num_heads, spec.d_head)
-    ffn = MLPConfig(spec.d_ff)
+    ffn: MLPConfig | MoEConfig = MLPConfig(spec.d_ff)
     if spec.num_experts:
         ffn = MoEConfig(spec.num_experts, spec.experts_per_token, spec.d_ff, balance_coef=0.01 / spec.num_layers)
     return Pretrain(

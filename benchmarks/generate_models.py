@@ -84,7 +84,7 @@ def write_checkpoint(name: str, folder: pathlib.Path) -> None:
     """config.json, the weights (seed 0) in shards of one layer each, and a small tokenizer."""
     from safetensors.numpy import save_file
 
-    fields, rng, index = SHAPES[name], np.random.default_rng(0), {}
+    fields, rng, index = SHAPES[name], np.random.default_rng(0), dict[str, str]()
     for number, shapes in enumerate(_shards(fields)):
         file = f"model-{number:05}.safetensors"
         tensors = {}
@@ -164,7 +164,7 @@ def cache_bytes(length: int = 4096) -> dict[str, float]:
     from dsjax.nn.masks import Segmented
     from dsjax.nn.mlp import MLPConfig
 
-    kinds = {
+    kinds: dict[str, Any] = {
         "MHA": AttentionConfig(16, 16, 128),
         "GQA, 4 key/value heads": AttentionConfig(16, 4, 128),
         "MHA, segments of 512 with tails of 64": AttentionConfig(16, 16, 128, segmented=Segmented(512, 64)),

@@ -63,7 +63,7 @@ def model_config(variant: str) -> DecoderConfig:
 
 def make_model(variant: str, rngs: nnx.Rngs) -> Decoder:
     """A model whose layers are stacked in one group."""
-    model = Decoder(model_config(variant), ComputeConfig(unroll=True, loss_chunk=128), rngs=rngs)
+    model: Any = Decoder(model_config(variant), ComputeConfig(unroll=True, loss_chunk=128), rngs=rngs)
     if variant == "strided":
         model.group_0.attention.__class__ = StridedAttention  # the same weights, another mask
     return model

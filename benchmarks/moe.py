@@ -75,7 +75,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def _differences(workers: dict[str, Worker]) -> dict[str, float]:
     """How far outputs and gradients are from dsjax's, as a share of the largest value; raises if they are not equal."""
-    largest = {}
+    largest: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for routing in ("balanced", "skewed"):
             for name, worker in workers.items():
@@ -189,8 +189,11 @@ def _serve(contender: str) -> None:
     if contender in HUGGING_FACE.values():
         from benchmarks.torch_moe import make
     else:
-        make = {"dsjax": _dsjax, "ragged_dot": _ragged_dot}[contender]
-        make = functools.partial(lambda make, contender, *case: make(*case), make)
+        own = {"dsjax": _dsjax, "ragged_dot": _ragged_dot}[contender]
+
+        def make(contender: str, routing: str, gradients: bool) -> Callable[[], tuple[Any, ...]]:
+            return own(routing, gradients)
+
     made = functools.cache(functools.partial(make, contender))
     for line in sys.stdin:
         if line.startswith("save "):

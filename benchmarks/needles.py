@@ -88,7 +88,7 @@ def model_config(variant: str) -> DecoderConfig:
 
 def make_model(variant: str, rngs: nnx.Rngs) -> Decoder:
     """A model whose layers are stacked in one group."""
-    model = Decoder(model_config(variant), ComputeConfig(unroll=True), rngs=rngs)
+    model: Any = Decoder(model_config(variant), ComputeConfig(unroll=True), rngs=rngs)
     if variant == "strided":
         model.group_0.attention.__class__ = StridedAttention  # the same weights, another mask
     return model
@@ -124,7 +124,7 @@ def study_one(variant: str, seed: int, num_rows: int = 64) -> dict[str, Any]:
         losses.append(metrics["loss"])
     right = {kind: share_right(trainer, state.variables, kind, num_rows) for kind in KINDS}
     config = model_config(variant)
-    visible = np.mean([config.groups[0].attention.visible_positions(FULL_LENGTH, layer) for layer in range(4)])
+    visible: Any = np.mean([config.groups[0].attention.visible_positions(FULL_LENGTH, layer) for layer in range(4)])
     if variant == "strided":
         visible = float(strided_mask(FULL_LENGTH, STRIDE).sum()) / FULL_LENGTH
     return {

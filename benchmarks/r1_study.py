@@ -7,6 +7,7 @@ is a line of a file, and is not made again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json as json_format
 import os
 import pathlib
@@ -124,7 +125,7 @@ def study(lines: KeptLines, arms: Sequence[str], seeds: Sequence[int], say: Call
         folder = lines.folder / f"r1_study_{seed}"
         for arm in ("before", *(arm for arm in ("grpo", *ARMS) if arm in arms)):
             if lines.find(arm=arm, seed=seed) is None:
-                line = lines.get(lambda arm=arm, seed=seed, folder=folder: one(arm, seed, folder), arm=arm, seed=seed)
+                line = lines.get(functools.partial(one, arm, seed, folder), arm=arm, seed=seed)
                 means = {f: round(float(np.mean(list(rows.values()))), 3) for f, rows in line["pass@1"].items()}
                 say(f"{arm}, seed {seed}: {means} in {line['cpu_seconds']:.0f} CPU seconds")
         shutil.rmtree(folder, ignore_errors=True)
@@ -171,7 +172,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
         seeds = sorted(seed for arm, seed in found if arm == ours and (theirs, seed) in found)
         if len(seeds) > 1:
             text += f"| {ours} - {theirs} | {said(found, ours, theirs, seeds, over_levels)} | "
-            text += " | ".join(said(found, ours, theirs, seeds, lambda x, f=f: x["named pass@1"][f]) for f in NAMED)
+            text += " | ".join(said(found, ours, theirs, seeds, at_named_level(family)) for family in NAMED)
             text += " |\n"
     return text
 
@@ -179,6 +180,11 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
 def over_levels(line: dict[str, Any], figure: str = "pass@1") -> float:
     """The mean over families of the mean over levels."""
     return float(np.mean([np.mean(list(rows.values())) for rows in line[figure].values()]))
+
+
+def at_named_level(family: str) -> Callable[[Any], float]:
+    """(line) -> pass@1 of the level that is named of a family."""
+    return lambda line: line["named pass@1"][family]
 
 
 def said(found: Any, ours: str, theirs: str, seeds: Sequence[int], figure: Callable[[Any], float]) -> str:

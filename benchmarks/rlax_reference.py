@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def main(path: pathlib.Path) -> None:
     discount = jnp.where(jnp.arange(LENGTH) < LENGTH - 1, x["discount"][:, None], 0)
     estimate = jax.vmap(rlax.truncated_generalized_advantage_estimation)
     x["gae"] = estimate(x["reward"], discount, x["gae_lambda"], x["value"])
-    np.savez(path, **{name: np.asarray(value) for name, value in x.items()})
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in x.items()}
+    np.savez(path, **arrays)
 
 
 if __name__ == "__main__":

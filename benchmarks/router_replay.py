@@ -38,7 +38,7 @@ MODEL = DecoderConfig(512, 128, 6, (LayerGroup(MLPConfig(512), ATTENTION, 1), La
 
 def model(dtype: Any) -> tuple[Any, Any]:
     """Graph and variables; biases as large as differences of scores, so that they matter."""
-    made = Decoder(MODEL, ComputeConfig(dtype=dtype), rngs=nnx.Rngs(0))
+    made: Any = Decoder(MODEL, ComputeConfig(dtype=dtype), rngs=nnx.Rngs(0))
     bias = made.group_1.ffn.selection_bias
     bias[...] = 0.05 * jax.random.normal(jax.random.key(1), bias[...].shape)
     graph, state = nnx.split(made)

@@ -98,7 +98,9 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             (r["bits_per_byte"], by[BASELINE, r["seed"]]["bits_per_byte"]) for r in own if (BASELINE, r["seed"]) in by
         ]
         difference = np.array([ours / theirs - 1 for ours, theirs in pairs])
-        row = {name: float(np.mean([r[name] for r in own])) for name in own[0] if name not in ("variant", "seed")}
+        row: dict[str, Any] = {
+            name: float(np.mean([r[name] for r in own])) for name in own[0] if name not in ("variant", "seed")
+        }
         row |= {"variant": variant, "seeds": len(own), "difference": float(difference.mean()) if pairs else None}
         row["interval"] = t_interval(difference) if len(pairs) > 1 else None
         row["most_compiled"] = max(r["compiled"] for r in own)

@@ -44,7 +44,7 @@ def measure(programs: int, workers: int) -> dict[str, Any]:
                 (verdict,) = alone.check([program])
                 assert verdict.passed
                 seconds.append(time.perf_counter() - begin)
-        found = {"start_ms": 1e3 * started, **spread(seconds)}
+        found: dict[str, Any] = {"start_ms": 1e3 * started, **spread(seconds)}
         with Sandbox(workers, level) as pool:
             pool.check(batch[:workers])
             begin = time.perf_counter()

@@ -151,7 +151,7 @@ def least_bytes(config: Pretrain, rows: int) -> float:
     output matrix. A compiler that finds room on the chip for a model as small as these moves more: all experts.
     """
     model = config.model
-    weights = own_params(model)[0] + model.vocab_size * model.d_model
+    weights: float = own_params(model)[0] + model.vocab_size * model.d_model
     for group, num_layers in model.sized_groups():
         if isinstance(moe := group.ffn, MoEConfig):
             idle = moe.num_experts * (1 - moe.top_k / moe.num_experts) ** rows

@@ -42,7 +42,11 @@ def main() -> None:
 
     documents = tokenised()
     num_tokens = sum(ids.size for ids in documents)
-    found = {"tokens": num_tokens, "bytes": sum(len(text.encode()) for text in texts), "vocab": tokenizer.vocab_size}
+    found: dict[str, float] = {
+        "tokens": num_tokens,
+        "bytes": sum(len(text.encode()) for text in texts),
+        "vocab": tokenizer.vocab_size,
+    }
     new = scanner("python", tokenizer)
     times = {"first_scan": _seconds(lambda: [new.copy().scan(ids) for ids in documents], 1)}
     times["tokenise"] = _seconds(tokenised, options.repeat)

@@ -18,7 +18,7 @@ def draw(path: pathlib.Path) -> None:
     """A function of the standard library, with a tokenizer that was trained on its top-level modules."""
     files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
     tokenizer = train_tokenizer((file.read_text(encoding="utf-8") for file in files), VOCAB_SIZE)
-    function = inspect.getsource(platform._comparable_version)
+    function = inspect.getsource(vars(platform)["_comparable_version"])
     picture(function, tokenizer, at="(t, v").savefig(path, dpi=160)
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,7 +143,7 @@ class _Worker:
         command = [python, "-m", "benchmarks.timing", "serve", CONTENDERS[name], model]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         start = time.perf_counter()
-        self.process = subprocess.Popen(
+        self.process: Any = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.first_loss = self._answer()["first_loss"]
@@ -182,7 +183,9 @@ def compare(
     """
     spec, pythons = SPECS[model], pythons or {}
     peaks = [_peak_in_subprocess()]
-    workers, seconds, last = [], {name: [] for name in names}, {}
+    workers: list[_Worker] = []
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    last: dict[str, dict] = {}
     try:
         for name in names:
             workers.append(_Worker(name, model, pythons.get(name, sys.executable)))

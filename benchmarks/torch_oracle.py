@@ -86,7 +86,7 @@ def main() -> None:
                 saved = results(model)
             if min(gaps) > NEAR:
                 break
-        arrays = {key: np.asarray(value.detach()) for key, value in saved.items()}
+        arrays: dict[str, Any] = {key: np.asarray(value.detach()) for key, value in saved.items()}
         model.save_pretrained(out / name)
         (out / name / "generation_config.json").unlink()
         np.savez_compressed(out / name / "oracle.npz", **arrays)

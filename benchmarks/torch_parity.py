@@ -167,7 +167,8 @@ def make(name: str, folder: pathlib.Path) -> None:
         saved |= {"pad_mask": mask, "pad_logits": model(ids, attention_mask=mask).logits}
         greedy = model.generate(ids[:, :24], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         saved["greedy"] = greedy[:, 24:]
-    np.savez(folder / "reference.npz", **{key: np.asarray(value.detach()) for key, value in saved.items()})
+    arrays: dict[str, Any] = {key: np.asarray(value.detach()) for key, value in saved.items()}
+    np.savez(folder / "reference.npz", **arrays)
 
 
 def main() -> None:
