@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.needles import StridedAttention
+from benchmarks.needles import one_group
 from benchmarks.plans import table
 from dsjax.data.pipeline import make_batches
 from dsjax.data.prepare import Corpus, DataConfig, prepare
@@ -62,11 +62,7 @@ def model_config(variant: str) -> DecoderConfig:
 
 
 def make_model(variant: str, rngs: nnx.Rngs) -> Decoder:
-    """A model whose layers are stacked in one group."""
-    model: Any = Decoder(model_config(variant), ComputeConfig(unroll=True, loss_chunk=128), rngs=rngs)
-    if variant == "strided":
-        model.group_0.attention.__class__ = StridedAttention  # the same weights, another mask
-    return model
+    return one_group(variant, model_config(variant), ComputeConfig(unroll=True, loss_chunk=128), rngs)
 
 
 def study_one(corpus: Corpus, variant: str, seed: int, steps: int = STEPS) -> dict[str, Any]:

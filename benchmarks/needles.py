@@ -71,11 +71,11 @@ class StridedAttention(Attention):
     """Attention under the mask of the Sparse Transformer, as one array: for short rows."""
 
     def _whole_rows(self, q_BTKGH, k_BTKH, v_BTKH, documents, mask):
-        del documents, mask  # every row is one document here
+        del mask
         B, T, K, G, H = q_BTKGH.shape
-        out = jax.nn.dot_product_attention(
-            q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, mask=strided_mask(T, STRIDE)[None, None]
-        )
+        same_B1TS = documents.ids_BT[:, None, :, None] == documents.ids_BT[:, None, None, :]
+        sees_B1TS = same_B1TS & strided_mask(T, STRIDE)
+        out = jax.nn.dot_product_attention(q_BTKGH.reshape(B, T, K * G, H), k_BTKH, v_BTKH, mask=sees_B1TS)
         return out.reshape(B, T, K, G, H)
 
 
@@ -87,8 +87,12 @@ def model_config(variant: str) -> DecoderConfig:
 
 
 def make_model(variant: str, rngs: nnx.Rngs) -> Decoder:
+    return one_group(variant, model_config(variant), ComputeConfig(unroll=True), rngs)
+
+
+def one_group(variant: str, config: DecoderConfig, compute: ComputeConfig, rngs: nnx.Rngs) -> Decoder:
     """A model whose layers are stacked in one group."""
-    model: Any = Decoder(model_config(variant), ComputeConfig(unroll=True), rngs=rngs)
+    model: Any = Decoder(config, compute, rngs=rngs)
     if variant == "strided":
         model.group_0.attention.__class__ = StridedAttention  # the same weights, another mask
     return model

@@ -113,7 +113,7 @@ def prepare(config: r1.R1, folder: pathlib.Path) -> None:
 
 def warm_started(folder: pathlib.Path) -> None:
     """Trains the model of a folder that has its config, and writes it for the others."""
-    config, tokenizer = r1.begins(load_config(folder / CONFIG), RunFolder(folder))
+    config, tokenizer = load_config(folder / CONFIG).begins(RunFolder(folder))
     regime = r1.solutions(config, families_of(config.exercises), tokenizer)
     if code := pretrain.run(r1.warm_start_run(config), folder / "warm_start", quiet=True, regime=regime):
         sys.exit(code)
@@ -342,7 +342,7 @@ class Learner:
     def __init__(self, folder: pathlib.Path):
         config = load_config(folder / CONFIG)
         train = dataclasses.replace(config.train, start_from=str(folder / "warm_start"))
-        config, self.tokenizer = r1.begins(dataclasses.replace(config, train=train), RunFolder(folder / "rl"))
+        config, self.tokenizer = dataclasses.replace(config, train=train).begins(RunFolder(folder / "rl"))
         self.config, self.families = config, families_of(config.exercises)
         self.mesh, trainer = r1.check(config)
         corpus = r1.material(self.tokenizer, config, lambda text: None)[1]

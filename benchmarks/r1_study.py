@@ -32,7 +32,6 @@ from dsjax.rl.rewards import Rewards
 from dsjax.runs import RunFolder
 from dsjax.runtime import configure
 from dsjax.train import pretrain, r1
-from dsjax.train.policy_loss import policy_loss
 from dsjax.train.r1_report import solved_by, spent_on
 
 SEEDS = range(1, 7)  # 0 was the pilots'
@@ -69,7 +68,7 @@ def config_of(arm: str, seed: int) -> r1.R1:
 def warm_start(seed: int, folder: pathlib.Path) -> pathlib.Path:
     """The run that all arms of a seed begin with."""
     config = config_of("grpo", seed)
-    config, tokenizer = r1.begins(config, RunFolder(folder))
+    config, tokenizer = config.begins(RunFolder(folder))
     regime = r1.solutions(config, families_of(config.exercises), tokenizer)
     ended(pretrain.run(r1.warm_start_run(config), folder / "warm_start", quiet=True, regime=regime))
     return folder / "warm_start"
@@ -82,7 +81,7 @@ def trained(arm: str, seed: int, start: pathlib.Path, folder: pathlib.Path) -> R
     warm = dataclasses.replace(config.warm_start, steps=0)
     if arm == "control":
         config = dataclasses.replace(config, train=train)
-        of_rl, tokenizer = RunFolder(folder.parent / "grpo"), r1.begins(config, RunFolder(folder))[1]
+        of_rl, tokenizer = RunFolder(folder.parent / "grpo"), config.begins(RunFolder(folder))[1]
         learned = spent_on(of_rl)["tokens_learned"]
         regime = r1.solutions(config, families_of(config.exercises), tokenizer, learned=learned)
         ended(pretrain.run(r1.control_run(config), folder, quiet=True, regime=regime))
@@ -102,7 +101,7 @@ def evaluated(config: r1.R1, run: RunFolder) -> dict[str, Any]:
     families = families_of(config.exercises)
     asked = [e for f, levels in LEVELS.items() for level in levels for e in held_out(families[f], level)]
     named = [e for f, level in NAMED.items() for e in held_out(families[f], level)]
-    mesh, trainer = pretrain.build(r1.of_updates(config), loss_fn=policy_loss(config.policy))
+    mesh, trainer = pretrain.build(r1.of_updates(config))
     with Rewards(config.rewards, families) as rewards:
         once = solved_by(config, trainer, mesh, {"run": run}, asked, rewards)["run"]
         more = dataclasses.replace(config, report=dataclasses.replace(config.report, samples=SAMPLES))

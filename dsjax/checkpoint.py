@@ -66,12 +66,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        folder: pathlib.Path,
-        *,
-        keep: int = 2,
-        about: dict[str, Any] | None = None,
-        read_only: bool = False,
+        self, folder: pathlib.Path, *, keep: int = 2, about: dict[str, Any] | None = None, read_only: bool = False
     ):
         import orbax.checkpoint as ocp
 
@@ -120,9 +115,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """All committed steps; not yet verified."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+        return committed(self.folder)
 
     def set_aside(self) -> list[str]:
         """The folders of steps that did not verify."""
@@ -181,8 +174,8 @@ class Checkpoints:
     def _move_aside(self, step: int) -> str:
         names = (f"damaged-{step}" + (f"-{again}" if again else "") for again in range(10**6))
         name = next(name for name in names if not (self.folder / name).exists())
-        self._at(step).rename(self.folder / name)
-        return name
+        with self._told_as(f"checkpoint {step}", "set aside"):
+            return self._at(step).rename(self.folder / name).name
 
     def _at(self, step: int) -> pathlib.Path:
         return self.folder / str(step)
@@ -371,6 +364,12 @@ class Checkpoints:
         with self._told_as(f"checkpoint {step}", "read"):
             restored = self._orbax.restore(self._at(step) / "state", args=self._ocp.args.StandardRestore(tree))
             return flatten(restored), json.loads((self._at(step) / "host.json").read_text(encoding="utf-8"))
+
+
+def committed(folder: pathlib.Path) -> list[int]:
+    """The steps in a folder, sorted: the numbers that name something there as they are written, not as ``0005``."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def locked(folder: pathlib.Path) -> int:

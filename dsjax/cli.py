@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that ``dsjax --help`` answer
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import io
@@ -357,6 +358,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(run(arguments))
     gc.disable()  # the imports ahead make no garbage; `configure` turns it on again
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         code = run(sys.argv[1:])
     except BaseException:
@@ -397,6 +401,11 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"dsjax: output can not be written: {error.strerror}", file=sys.stderr)
+        code = 2
     return code
 
 

@@ -7,6 +7,7 @@ wrong becomes a :class:`UserError` of one sentence that names the key, the value
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -20,7 +21,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -317,6 +318,26 @@ def _check(value: Any, annotation: Any, key: str) -> None:
 # ---------------------------------------------------------------- files
 
 
+_imported_from: dict[str, pathlib.Path] = {}  # what configs imported, and from beside which
+
+
+@contextlib.contextmanager
+def _importing_from(folder: pathlib.Path) -> Iterator[None]:
+    """A variant calls the base beside it: `from tiny import get_config as base`; another folder may have one, too."""
+    for name, other in _imported_from.items():
+        if other != folder and (folder / f"{name}.py").exists():
+            sys.modules.pop(name, None)
+    paths, known = sys.path[:], set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = paths
+        for name in sys.modules.keys() - known:
+            if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "").parent == folder:
+                _imported_from[name] = folder
+
+
 def load_config(path: str | pathlib.Path) -> Any:
     """What ``get_config()`` of a Python config file returns, or a run's config.json holds; unchecked.
 
@@ -340,22 +361,18 @@ def load_config(path: str | pathlib.Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for it
-    # A variant calls the base beside it: `from tiny import get_config as base`.
-    before = sys.path[:]
-    sys.path.insert(0, str(path.parent.resolve()))
     try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, "get_config", None)):
-            raise UserError(f"config {path} has no function get_config()")
-        config = module.get_config()
+        with _importing_from(path.parent.resolve()):
+            spec.loader.exec_module(module)
+            if not callable(getattr(module, "get_config", None)):
+                raise UserError(f"config {path} has no function get_config()")
+            config = module.get_config()
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         where = f"{path}:{lines[-1]}" if lines else str(path)
         raise UserError(f"config {where} fails to load: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path[:] = before
     if not _is_config(config) or isinstance(config, type):
         raise UserError(f"get_config() of {path} returned {type(config).__name__}, not a config dataclass")
     return config

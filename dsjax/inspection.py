@@ -15,7 +15,8 @@ def inspect_run(folder: pathlib.Path, *, as_json: bool = False) -> None:
     Raises:
         UserError: no run, or no checkpoint.
     """
-    arrays, host, step = RunFolder(folder).open_checkpoints().load_numpy()
+    run_folder = RunFolder(folder)
+    arrays, host, step = run_folder.open_checkpoints().load_numpy()
     hashes = state_hashes(arrays, host)
     num_params = sum(x.size for name, x in arrays.items() if name.startswith("params/"))
     state_hash = combined_hash(hashes)
@@ -24,9 +25,10 @@ def inspect_run(folder: pathlib.Path, *, as_json: bool = False) -> None:
         print(json.dumps(found, indent=1))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=str(folder), show_header=False, title_justify="left")
+    table = Table(title=escape(run_folder.name), show_header=False, title_justify="left")
     table.add_row("step", str(step))
     table.add_row("num_params", f"{num_params:,}")
     table.add_row("state_hash", state_hash)

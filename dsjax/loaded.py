@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from dsjax.checkpoint import path_name
 from dsjax.config import UserError, apply_overrides, read_json, validate
-from dsjax.convert.families import config_from_hf, longest_text
+from dsjax.convert.families import config_from_hf, longest_text, meant_length
 from dsjax.convert.names import read_arrays
 from dsjax.data.chat import ChatTemplate
 from dsjax.data.hf_tokenizer import load_hf_tokenizer, load_templates, stated_end_ids
@@ -50,6 +50,8 @@ from dsjax.sharding import (
 )
 from dsjax.tensor_files import TensorFiles
 
+FILLED_UP = 64  # positions that rows of texts are a multiple of
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -66,6 +68,7 @@ class LoadedModel:
         mesh, rules: devices, and what lies on which.
         cuts_prompts: training cut texts where prompts end (``Source.marked``), so the last token of one stands there
             as it does here. Of other models it may be one that goes on behind the prompt, and is chosen anew.
+        w_values_D: the head of a model of rewards, which ``graph`` is without; None: there is none.
     """
 
     graph: Any
@@ -79,6 +82,7 @@ class LoadedModel:
     mesh: Mesh
     rules: Rules
     cuts_prompts: bool = False
+    w_values_D: np.ndarray | None = None
 
     @property
     def model(self) -> Decoder:
@@ -96,17 +100,58 @@ class LoadedModel:
             UserError: an id that the model has not.
         """
         tokens_BT, ids_BT = self._rows(tokens_BT, mask_BT)
-        B = len(tokens_BT)
-        rows = self._row_devices
-        more = [(0, -B % rows), (0, 0)]
-        put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch", None))
-        arrays = [put(np.pad(x, more)) for x in (tokens_BT, ids_BT)]
-        if self.config.structure is not None:
-            features_BTC = np.zeros((*tokens_BT.shape, NUM_FIELDS), np.int16)
-            for row, (tokens, real) in enumerate(zip(tokens_BT, ids_BT, strict=True)):
-                features_BTC[row, real > 0] = self._scanner.copy().scan(tokens[real > 0])
-            arrays.append(put(np.pad(features_BTC, [*more, (0, 0)])))
-        return self._forward(self.params, *arrays)[:B]
+        return self._forward(self.params, *self._put(tokens_BT, ids_BT))[: len(tokens_BT)]
+
+    def rewards(
+        self, prompts: Sequence[str], texts: Sequence[str], *, batch_size: int = 16
+    ) -> Float32[np.ndarray, " N"]:
+        """What a model of rewards (docs/preference.md) gives each text behind its prompt.
+
+        Of two texts behind one prompt, that with r more is preferred with a probability of sigma(r), as far as the
+        model knows; behind different prompts such a difference says nothing. Of a policy with a head of values it is
+        the value of the whole text.
+
+        Args:
+            prompts, texts: N of each; a text is whole, and the boundary behind it is put there.
+            batch_size: texts that are read at a time.
+
+        Raises:
+            UserError: the model has no such head, or no tokenizer; there are not as many prompts as texts; a text with
+                its prompt is longer than the model is meant for; or ``batch_size`` is below 1.
+        """
+        if self.w_values_D is None:
+            raise UserError("the model gives no rewards: it has no head for them, as one of method=reward has")
+        if len(prompts) != len(texts):
+            raise UserError(f"there are {len(prompts)} prompts and {len(texts)} texts; each text has its own prompt")
+        if not _is_whole(batch_size, 2**31) or not batch_size:
+            raise UserError(f"batch_size is {batch_size!r}; it must be a whole number from 1")
+        rows = [self.whole_text(*both) for both in zip(prompts, texts, strict=True)]
+        if rows and (longest := max(map(len, rows))) > self.max_length:
+            raise UserError(
+                f"a text has {longest} tokens with its prompt; the model is meant for {self.max_length} positions"
+            )
+        found_N = np.zeros(len(rows), np.float32)
+        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))  # little is filled up, and few shapes are compiled
+        for first in range(0, len(order), batch_size):
+            some = order[first : first + batch_size]
+            shape = (batch_size, -(-len(rows[some[-1]]) // FILLED_UP) * FILLED_UP)
+            tokens_BT, ids_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+            for row, n in enumerate(some):
+                tokens_BT[row, : len(rows[n])], ids_BT[row, : len(rows[n])] = rows[n], 1
+            told_B = self._read_rewards(self.params, self.w_values_D, *self._put(tokens_BT, ids_BT))
+            found_N[some] = np.asarray(told_B)[: len(some)]
+        return found_N
+
+    def whole_text(self, prompt: str, text: str) -> list[int]:
+        """The tokens of a prompt and a text between two boundaries, as :meth:`rewards` reads them.
+
+        Raises:
+            UserError: the model has no tokenizer.
+        """
+        if (tokenizer := self.tokenizer) is None:
+            raise UserError("the model's folder has no tokenizer.json: it can read no text")
+        ids = [tokenizer.encode_said(str(form)).tolist() for form in tokenizer.said([prompt, text])]
+        return [tokenizer.end_id, *ids[0], *ids[1], tokenizer.end_id]
 
     def generate(
         self,
@@ -170,6 +215,18 @@ class LoadedModel:
         new_BS = np.pad(new_BS, [(0, 0), (0, max_new_tokens - new_BS.shape[1])], constant_values=end_id)
         return np.concatenate([tokens_BT, new_BS], axis=1)
 
+    def _put(self, tokens_BT: np.ndarray, ids_BT: np.ndarray) -> list[Any]:
+        """Rows on the devices, with features where the model is told them, and as many more as devices need."""
+        more = [(0, -len(tokens_BT) % self._row_devices), (0, 0)]
+        put = functools.partial(host_array_to_global, mesh=self.mesh, spec=self.rules.spec("batch", None))
+        arrays = [put(np.pad(x, more)) for x in (tokens_BT, ids_BT)]
+        if self.config.structure is not None:
+            features_BTC = np.zeros((*tokens_BT.shape, NUM_FIELDS), np.int16)
+            for row, (tokens, real) in enumerate(zip(tokens_BT, ids_BT, strict=True)):
+                features_BTC[row, real > 0] = self._scanner.copy().scan(tokens[real > 0])
+            arrays.append(put(np.pad(features_BTC, [*more, (0, 0)])))
+        return arrays
+
     @property
     def _row_devices(self) -> int:
         return int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
@@ -207,15 +264,31 @@ class LoadedModel:
 
     @functools.cached_property
     def _forward(self) -> Any:
-        def forward(
-            params: Any, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"], features_BTC: Any = None
-        ) -> Float[Array, "B T V"]:
+        def forward(params: Any, *rows: Any) -> Float[Array, "B T V"]:
             with use_mesh(self.mesh, dataclasses.replace(self.rules, length=())):
                 model = nnx.merge(self.graph, params)
-                positions_BT = jnp.maximum(jnp.cumsum(ids_BT, axis=1) - 1, 0)
-                return model.logits(model(tokens_BT, Documents(ids_BT, positions_BT), features_BTC=features_BTC))
+                return model.logits(_read(model, *rows))
 
         return jax.jit(forward, out_shardings=replicated(self.mesh))
+
+    @functools.cached_property
+    def _read_rewards(self) -> Any:
+        def forward(
+            params: Any, w_D: Float[Array, " D"], tokens_BT: Any, ids_BT: Int[Array, "B T"], *features: Any
+        ) -> Float[Array, " B"]:
+            with use_mesh(self.mesh, dataclasses.replace(self.rules, length=())):
+                out = _read(nnx.merge(self.graph, params), tokens_BT, ids_BT, *features)
+                last_B = jnp.maximum(jnp.sum(ids_BT, axis=1) - 1, 0)
+                hidden_BD = out.hidden_BTD[jnp.arange(len(last_B)), last_B].astype(jnp.float32)
+                return jnp.einsum("BD,D->B", hidden_BD, w_D, precision="highest")  # as Decoder.values
+
+        return jax.jit(forward, out_shardings=replicated(self.mesh))
+
+
+def _read(model: Decoder, tokens_BT: Int[Array, "B T"], ids_BT: Int[Array, "B T"], features_BTC: Any = None) -> Any:
+    """What a model makes of rows of tokens; ``ids_BT`` is 1 where there is one."""
+    positions_BT = jnp.maximum(jnp.cumsum(ids_BT, axis=1) - 1, 0)
+    return model(tokens_BT, Documents(ids_BT, positions_BT), features_BTC=features_BTC)
 
 
 def _is_whole(x: Any, most: int) -> bool:
@@ -270,7 +343,9 @@ def _said_by_run(run: RunFolder, config: Any) -> tuple[Any, ...]:
     about: tuple[Any, ...] = (None, (), config.data.seq_len, {})
     converted = run.path / "hf" / "files"  # all but weights
     if (converted / "config.json").is_file():
-        about = _said_by(converted, read_json(converted / "config.json"))
+        fields = read_json(converted / "config.json")
+        tokenizer, end_ids, _, templates = _said_by(converted, fields)
+        about = tokenizer, end_ids, meant_length(fields, config.model, config.data.seq_len), templates
     tokenizer, end_ids, max_length, templates = about
     if tokenizer is None and run.tokenizer.is_file():
         tokenizer = load_tokenizer(run.tokenizer, end_token=config.data.end_token)
@@ -334,4 +409,5 @@ def _on_devices(config: DecoderConfig, compute: ComputeConfig, variables: Any, a
         templates=templates,
         mesh=there.mesh,
         rules=there.rules,
+        w_values_D=np.asarray(variables["w_values"], np.float32) if config.values == "head" else None,
     )

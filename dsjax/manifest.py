@@ -27,14 +27,17 @@ class Damaged(Exception):
     """A folder does not hold what its manifest says; the message names the file and what differs."""
 
 
-def files_of(folder: pathlib.Path) -> list[str]:
-    """The names of all files below ``folder`` but its manifest, sorted; hidden ones (a file system's own) left out."""
+def files_of(folder: pathlib.Path, *, hidden: bool = False) -> list[str]:
+    """The names of all files below ``folder`` but its manifest, sorted; hidden ones (a file system's own) left out.
+
+    With ``hidden`` only hidden folders are left out.
+    """
     names = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if (pathlib.Path(place) / name).is_symlink()]
         inside = pathlib.Path(place).relative_to(folder)
-        names += [(inside / name).as_posix() for name in (*files, *links) if not name.startswith(".")]
+        names += [(inside / name).as_posix() for name in (*files, *links) if hidden or not name.startswith(".")]
     return sorted(name for name in names if name != FILE)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 from dsjax.config import UserError
 from dsjax.manifest import sync_folder
 
+ALWAYS = ("step", "tokens_seen", "seconds")  # numbers that every record has
+
 
 def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file whole or not at all, and brings it to the disk.
@@ -60,7 +62,7 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``; a last line cut short by a crash is left out.
 
     Raises:
-        UserError: another line is no JSON object.
+        UserError: another line is none that a run writes.
     """
     if not path.exists():
         return
@@ -70,15 +72,19 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):  # ValueError: also numbers of thousands of digits
             record = None
-        if not (isinstance(record, dict) and type(record.get("step")) is int and _are_numbers(record)):
+        if not _is_record(record):
             if number == len(lines):
                 return
-            raise UserError(f"{path}:{number} is no record with a step and numbers: {line[:60]!r}")
+            raise UserError(f"{path}:{number} is no record of numbers with {', '.join(ALWAYS)}: {line[:60]!r}")
         yield record
 
 
-def _are_numbers(record: dict[str, Any]) -> bool:
-    return all(v is None or (type(v) in (int, float) and abs(v) <= sys.float_info.max) for v in record.values())
+def _is_record(found: Any) -> bool:
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        return False
+    numbers = {name: value for name, value in found.items() if value is not None}
+    finite = all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in numbers.values())
+    return finite and numbers.keys() >= set(ALWAYS)
 
 
 class MetricsLog:
@@ -214,7 +220,8 @@ def plot_loss(
         smooth.append(value / seen)
     left.plot(x, y, color="0.8", linewidth=0.8, label="each logged step")
     left.plot(x, smooth, color="C0", label="running mean")
-    left.set(xlabel="tokens seen (millions)", ylabel="training loss (nats per token)", title=title)
+    left.set(xlabel="tokens seen (millions)", ylabel="training loss (nats per token)")
+    left.set_title(title, parse_math=False)  # the name of a folder
     left.set_ylim(min(smooth) * 0.95, max(smooth) * 1.02)
     left.legend(frameon=False)
     if held:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from dsjax import manifest
-from dsjax.checkpoint import Checkpoints, path_name
+from dsjax.checkpoint import Checkpoints, committed, path_name
 from dsjax.config import UserError, from_dict, read_json, to_dict
 from dsjax.data.corpus import changed_documents
 from dsjax.data.prepare import Corpus
@@ -43,6 +42,11 @@ class RunFolder:
     """The paths of a run."""
 
     path: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        """Of the folder, as text: bytes that are not UTF-8 are escaped."""
+        return self.path.name.encode("utf-8", "backslashreplace").decode()
 
     @property
     def config(self) -> pathlib.Path:
@@ -88,8 +92,8 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether something was trained here already."""
-        committed = re.compile(r"(damaged-)?\d+(-\d+)?")
-        return self.checkpoints.is_dir() and any(committed.fullmatch(p.name) for p in self.checkpoints.iterdir())
+        there = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return bool(committed(self.checkpoints)) or any(p.name.startswith("damaged-") for p in there)
 
     def write(self, config: Any, corpus: Corpus) -> None:
         """Makes the folder, or brings that of a run to go on with up to date.
@@ -143,8 +147,7 @@ class RunFolder:
 
     def base(self) -> Base | None:
         """The checkpoint beside whose weights its pairs are trained; None: it has no pairs, or no checkpoint yet."""
-        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        for step in sorted((int(p.name) for p in folders if p.name.isdecimal()), reverse=True):
+        for step in reversed(committed(self.checkpoints)):
             with contextlib.suppress(Damaged):
                 about = manifest.read(self.checkpoints / str(step))
                 return Base(**about["base"]) if "base" in about else None

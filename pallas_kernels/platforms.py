@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 ANY = "any"  # also on a mesh: for who compares the forms of a program, or lowers it for another platform
 compiled_for = jax.make_user_context(default_value=None)  # "cpu", "tpu", "cuda", "rocm", or ANY; None: nobody said
+NARROW = "jax_enable_x64 is set; the kernel counts in 32 bits"  # why a kernel for TPUs can not be traced then
 
 
 def by_platform(*arrays: Any, default: Callable[..., Any], **forms: Callable[..., Any]) -> Any:

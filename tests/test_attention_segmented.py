@@ -76,9 +76,14 @@ def test_slots_hold_the_tails_and_the_open_segment(cut: Segments, chunks: list[i
     assert slots <= LONGEST * cut.window / cut.size + cut.size + cut.window
 
 
-@pytest.mark.parametrize(("length", "slots"), [(0, 4), (4, 4), (5, 8), (8, 8), (13, 12), (1024, 516)])
+@pytest.mark.parametrize(("length", "slots"), [(0, 0), (1, 1), (4, 4), (5, 8), (8, 8), (13, 12), (1024, 516)])
 def test_a_segment_of_eight_with_a_tail_of_four_keeps_half(length: int, slots: int) -> None:
     assert num_slots(Segments(8, 4), length) == slots
+
+
+@pytest.mark.parametrize(("shift", "slots"), [(0, 16), (5, 21)])
+def test_a_row_within_the_head_of_its_segment_keeps_no_more_than_it_has(shift: int, slots: int) -> None:
+    assert num_slots(Segments(1 << 20, 1 << 19, shift), 16) == slots
 
 
 # ---------------------------------------------------------------- one layer
@@ -91,9 +96,11 @@ LAYERS = {
     "long tails": (Segments(6, 5, 4), 1),
     "whole segments": (Segments(4, 4), 2),
     "own segment": (Segments(5, 0, 2), 1),
+    "within the head": (Segments(60, 6, 3), 1),
     "chosen": (Segments(6, 3, 0, top=1), 2),
     "first and previous": (Segments(4, 2, 2, top=0), 1),
     "chosen, first cut short": (Segments(6, 4, 5, top=2), 2),
+    "chosen, within the head": (Segments(60, 6, 3, top=0), 1),
     "by head": (Segmented(8, 4, "heads"), 1),
     "by head, short tails": (Segmented(6, 2, "heads"), 2),
     "by head, chosen": (Segmented(6, 3, "heads", 1), 2),

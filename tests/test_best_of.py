@@ -27,19 +27,20 @@ from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.lora import LoraConfig
 from dsjax.nn.mlp import MLPConfig
 from dsjax.rl.exercises.config import ExercisesConfig, FamilyConfig, families_of
+from dsjax.rl.exercises.exercise import numbers_of
 from dsjax.rl.exercises.letters import BRACKETS
 from dsjax.rl.preference import best_and_worst, best_of, read_pairs
 from dsjax.rl.rewards import RewardConfig
 from dsjax.runs import RunFolder
 from dsjax.sharding import MeshConfig
-from dsjax.train.best_of import PAIRS, PICKED, SHARES, BestOf, PicksConfig, TextsConfig, check, run
+from dsjax.train.best_of import PAIRS, PICKED, SHARES, BestOf, PicksConfig, TextsConfig, check, evaluated, run
 from dsjax.train.kept_texts import WRITTEN, Group, Journal
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.preference import LabelConfig, PairsConfig, Preference
 from dsjax.train.preference import run as learn_pairs
 from dsjax.train.pretrain import TrainConfig
 from dsjax.train.pretrain import run as pretrain
-from dsjax.train.r1 import byte_tokenizer, solutions, warm_start_run
+from dsjax.train.r1 import byte_tokenizer, solutions, validated_on, warm_start_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXERCISES = ExercisesConfig((FamilyConfig("brackets", (1,)),), answer_mark="")
@@ -283,6 +284,23 @@ def test_what_can_not_be_is_told_before_anything_is_written(
     with pytest.raises(UserError, match=sentence):
         run(best(**parts), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_level_without_exercises_to_validate_on_is_no_obstacle(tmp_path: pathlib.Path) -> None:
+    """Neither for solutions nor for the best texts."""
+    path = tmp_path / "few.jsonl"
+    numbers = [1] * 99 + list(range(2, 10))  # of levels
+    questions = [{"question": f"{n}?", "answer": "1", "level": level} for n, level in enumerate(numbers)]
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    families = families_of(ExercisesConfig(families=(), files=(str(path),)))
+    levels = {name: tuple(n for n in f.levels if numbers_of(f, n, "training")) for name, f in families.items()}
+    families = {name: dataclasses.replace(f, levels=levels[name]) for name, f in families.items()}  # type: ignore[type-var]
+    solutions(r1(), families, byte_tokenizer())
+    assert validated_on(r1(), families) == []
+    assert evaluated(BestOf(), families) == []
+    assert {e.level for e in evaluated(BestOf(train=TrainConfig(eval_every=1)), families)} == {1}
+    with pytest.raises(UserError, match=r"report\.validation is 4; file/few has 3 different exercises of level 1"):
+        validated_on(r1(train={"eval_every": 1}), families)
 
 
 def test_texts_of_another_config_are_not_learned(tmp_path: pathlib.Path) -> None:

@@ -243,6 +243,13 @@ def test_pairs() -> None:
     assert not list(pairs_of("def f(:"))
 
 
+def test_what_is_nested_too_deep_to_be_compared_is_no_pair() -> None:
+    sum_of_many = " +\n".join(["ab"] * 1200)  # not indented, so that its lines can not be moved
+    text = f'class A:\n    def f(self, ab):\n        """Add it many times."""\n        return (\n{sum_of_many})\n'
+    assert ast.parse(text)
+    assert not list(pairs_of(text))
+
+
 def test_path_comments() -> None:
     assert path_comment("a/b.py") == "# a/b.py\n"
     assert path_comment("a.CPP") == "// a.CPP\n"

@@ -67,6 +67,34 @@ def test_what_is_set_aside_again_gets_another_name(tmp_path: pathlib.Path) -> No
         written(folder, 20)
 
 
+def test_only_a_number_as_it_is_written_names_a_step(tmp_path: pathlib.Path) -> None:
+    folder = written(tmp_path / "checkpoints", 10, 20)
+    others = {"0030", "\N{FULLWIDTH DIGIT FOUR}0", "\N{SUPERSCRIPT TWO}", "3_0", "+30"}
+    for name in others:
+        shutil.copytree(folder / "20", folder / name)
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.steps() == [10, 20]
+    assert checkpoints.latest() == 20
+    checkpoints.close()
+    assert names(folder) == {"10", "20", *others}
+
+
+def test_a_damaged_step_that_can_not_be_set_aside_is_one_sentence(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path / "checkpoints", 10, 20)
+    hurt(folder, 20)
+    checkpoints = Checkpoints(folder)
+
+    def refuse(*paths: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(UserError, match=r"checkpoint 20 in .* could not be set aside: Permission denied"):
+        checkpoints.latest()
+    checkpoints.close()
+
+
 def test_looking_renames_nothing(tmp_path: pathlib.Path) -> None:
     folder = written(tmp_path / "checkpoints", 10, 20)
     hurt(folder, 20)

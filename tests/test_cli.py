@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -288,7 +289,9 @@ def test_a_run_stopped_before_its_first_checkpoint_may_begin_anew_otherwise(trai
 # ---------------------------------------------------------------- inspect, generate
 
 
-def test_inspect_shows_what_a_resume_would_take(trained: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_what_a_resume_would_take(
+    trained: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert dsjax("inspect", str(trained), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["step", "num_params", "state_hash", "hashes"]
@@ -296,8 +299,11 @@ def test_inspect_shows_what_a_resume_would_take(trained: pathlib.Path, capsys: p
     assert (found["step"], found["num_params"]) == (8, 4800 + 256 + 384 + 24)
     assert list(found["hashes"]) == ["data", "loop", "optimizer", "parameters", "rng", "step"]
     assert all(len(h) == 64 for h in [found["state_hash"], *found["hashes"].values()])
-    assert dsjax("inspect", str(trained)) == 0
-    assert found["state_hash"] in capsys.readouterr().out
+    shutil.copytree(trained, other := tmp_path / "[red] run")  # a name is no markup
+    assert dsjax("inspect", str(other)) == 0
+    shown = capsys.readouterr().out
+    assert found["state_hash"] in shown
+    assert "[red] run" in shown
 
 
 def test_generate_continues_an_empty_prompt_and_one_from_standard_input(
@@ -329,6 +335,20 @@ def test_a_reader_that_goes_away_is_no_error(trained: pathlib.Path) -> None:
     shell = f"{sys.executable} -m dsjax inspect {trained} --json | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("{0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("--help >/dev/full", 2, "dsjax: output can not be written: No space left on device\n"),
+        ("--help >&-", 0, ""),
+        ("nothing 2>&-", 2, ""),
+    ],
+)
+def test_output_that_can_not_be_written_is_no_trace(words: str, code: int, said: str) -> None:
+    shell = f"{sys.executable} -m dsjax {words}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
 def test_the_stored_config_is_the_resolved_one(trained: pathlib.Path) -> None:

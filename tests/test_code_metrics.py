@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from dsjax.config import UserError
 from dsjax.evals.code_bleu import code_bleu
-from dsjax.evals.code_flow import Edge, data_flow
+from dsjax.evals.code_flow import Edge, Reaching, _Flow, data_flow
 from dsjax.evals.code_scores import bleu, combined_score, parses, score, sentence_bleu
-from dsjax.evals.code_trees import parse, shapes, tokens
+from dsjax.evals.code_trees import Node, parse, shapes, tokens
 from dsjax.evals.pass_at_k import estimate, pass_at_k
 
 # ---------------------------------------------------------------- pass@k
@@ -270,3 +270,18 @@ def test_shapes_know_kinds_and_not_names() -> None:
 def test_data_flow(code: str, expected: dict) -> None:
     edges, _ = data_flow(parse(code))
     assert dict(edges) == {Edge(*key): count for key, count in expected.items()}
+
+
+def test_data_flow_of_nested_loops_takes_time_that_does_not_double_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    depth, walks, walk = 12, [], _Flow._loop
+
+    def counted(flow: _Flow, node: Node, env: Reaching) -> Reaching:
+        walks.append(node)
+        return walk(flow, node, env)
+
+    monkeypatch.setattr(_Flow, "_loop", counted)
+    loops = [f"{' ' * n}for x{n} in a:\n" for n in range(depth)]
+    edges, names = data_flow(parse("a = 0\n" + "".join(loops) + " " * depth + "a = 1\n"))
+    assert edges == {Edge("a", "from", "a"): 2 * depth} | {Edge(f"x{n}", "computed", "a"): 1 for n in range(depth)}
+    assert names == ["a", *(f"x{n}" for n in range(depth))]
+    assert len(walks) <= depth**2

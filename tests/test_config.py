@@ -377,3 +377,14 @@ def test_a_variant_imports_the_config_beside_it(tmp_path: pathlib.Path) -> None:
         variant + "def get_config(): return dataclasses.replace(base(), log=base().log)\n"
     )
     assert load_config(tmp_path / "variant.py") == load_config(TINY)
+
+
+def test_variants_in_two_folders_import_each_the_config_beside_it(tmp_path: pathlib.Path) -> None:
+    for steps in (1, 2):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        (folder / "one_of_two_bases.py").write_text(f"STEPS = {steps}\n")
+        variant = "from dsjax.train.pretrain import TrainConfig\nfrom one_of_two_bases import STEPS\n"
+        (folder / "variant.py").write_text(f"{variant}def get_config(): return TrainConfig(steps=STEPS)\n")
+    found = [load_config(tmp_path / str(steps) / "variant.py").steps for steps in (1, 2, 1, 1, 2)]
+    assert found == [1, 2, 1, 1, 2]

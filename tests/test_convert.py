@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -23,9 +25,10 @@ from dsjax.config import UserError
 from dsjax.convert.check import RunSide, logits
 from dsjax.convert.command import Request, run
 from dsjax.convert.families import config_from_hf
-from dsjax.convert.names import read_arrays
+from dsjax.convert.names import places, read_arrays, variables_of
 from dsjax.convert.run_tensors import RunTensors
 from dsjax.data.tokenizer import train_tokenizer
+from dsjax.nn.routing_losses import EntropyConstraint
 from dsjax.runs import RunFolder, load_model
 from dsjax.tensor_files import TensorFiles
 
@@ -248,6 +251,30 @@ def test_what_is_not_the_models_is_kept(tmp_path: pathlib.Path) -> None:
 
 
 # ---------------------------------------------------------------- the run
+
+
+def test_files_come_back_whatever_they_are_called(tmp_path: pathlib.Path) -> None:
+    config = llama()
+    source = write_folder(tmp_path / "source", config, random_tensors(config))
+    names = ("notes: a.md", "a\\b.txt", "tab\t.txt", "日本 語.md", "50%3A.md", ".%2Ea", "sub/.keep", "sub/a")
+    for name in (*names, os.fsdecode(b"\xe9\xff")):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(repr(name))
+    (source / ".cache").mkdir()
+    (source / ".cache" / "a").write_text("hidden folders are left out")
+    before = content(source)
+    del before[".cache/a"]
+    assert content(there_and_back(source, tmp_path)[1]) == before
+
+
+def test_what_only_training_uses_has_no_name() -> None:
+    config = deepseek()
+    model = config_from_hf(config)
+    dense, experts = model.groups
+    ffn = dataclasses.replace(experts.ffn, num_replicas=2, entropy=EntropyConstraint())
+    trained = dataclasses.replace(model, groups=(dense, dataclasses.replace(experts, ffn=ffn)))
+    assert len(variables_of(trained)) == len(variables_of(model)) + 3
+    assert places(trained, config, variables_of(trained)) == places(model, config, variables_of(model))
 
 
 def test_a_converted_run_loads_like_any_other(tmp_path: pathlib.Path) -> None:

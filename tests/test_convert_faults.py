@@ -267,6 +267,27 @@ def test_what_a_journal_has_and_the_disk_has_lost_is_written_again(
     assert content(target) == whole
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"\xff\xfe", b"[1]", b"{"])
+def test_of_a_damaged_journal_what_stands_in_front_of_the_damage_counts(
+    damage: bytes, small: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "run"
+    with Journal(folder, "work") as journal:
+        for name in "abc":
+            journal.add(name, 1, [])
+        journal.finish()
+    first, a, _, c = (folder / FILE).read_bytes().splitlines()
+    (folder / FILE).write_bytes(b"\n".join([first, a, damage, c, b""]))
+    with Journal(folder, "work") as journal:
+        assert journal.done == {"a": 1}
+        journal.add("d", 2, [])
+        journal.finish()
+    assert (folder / FILE).read_bytes() == b"\n".join([first, a, b'{"d": 2}', b""])
+    (folder / FILE).write_bytes(b"\n".join([damage, a, b""]))
+    with pytest.raises(UserError, match=r"holds half of another conversion .*, or its .converting.jsonl is damaged"):
+        convert(small, folder)
+
+
 def test_half_of_another_conversion_is_not_gone_on_with(
     source: pathlib.Path, tmp_path: pathlib.Path, traced: Traced
 ) -> None:

@@ -19,6 +19,7 @@ from hf_folders import ORACLES, Tensors, content, deepseek, in_8_bits, llama, ra
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 
+import dsjax
 from dsjax.checkpoint import Checkpoints, as_tree
 from dsjax.config import UserError, to_dict
 from dsjax.convert.check import HFSide, RunSide, compare, logits
@@ -33,6 +34,7 @@ from dsjax.data.prepare import DataConfig
 from dsjax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsjax.models.decoder import Decoder, DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
+from dsjax.nn.indexer import IndexerConfig
 from dsjax.nn.mlp import MLPConfig
 from dsjax.runs import RunFolder
 from dsjax.sharding import MeshConfig, make_mesh, split_variables, training_rules
@@ -149,10 +151,12 @@ def test_each_device_reads_its_own_part_and_no_more(cut: tuple[pathlib.Path, dic
 
 
 def train(folder: pathlib.Path, change: Any = lambda name, x: x * 1.25 + 0.001) -> dict[str, np.ndarray]:
-    """A checkpoint of step 7 as training writes it, in float32, and its arrays."""
+    """A checkpoint of step 7 as training writes it, in float32, and its arrays; what the model has beside, is new."""
+    variables, rng = variables_of(RunFolder(folder).read_config().model), np.random.default_rng(0)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         arrays, _, _ = checkpoints.load_numpy()
-        arrays = {name: change(name, x.astype(np.float32)) for name, x in arrays.items()}
+        new = {name: rng.standard_normal(variable.shape) for name, variable in variables.items()} | arrays
+        arrays = {name: change(name, new[name].astype(np.float32)) for name in variables}
         tree = nested({name: jax.numpy.asarray(x) for name, x in arrays.items()})
         checkpoints.save(7, tree | {"step": np.int32(7)}, {"loop": {}})
         checkpoints.wait()
@@ -242,8 +246,91 @@ def test_trained_weights_become_8_bit_again_where_it_is_asked_for(
     for name, x in found.items():
         # Of 8 bits, 3 stand behind the point: at most 1/16 off, or the same share of the smallest normal number.
         np.testing.assert_allclose(x.astype(np.float32), arrays[name], rtol=0.07, atol=0.002, err_msg=name)
+    with pytest.raises(UserError, match=r"--dtype is 'bfloat16'; beside --keep-fp8, .* it must be left out"):
+        convert(folder, tmp_path / "other", keep_fp8=True, dtype="bfloat16")
     with pytest.raises(UserError, match="--keep-fp8: the run keeps no scales of 8-bit weights"):
         convert(convert(source, tmp_path / "plain"), tmp_path / "other", keep_fp8=True)
+
+
+def with_model(folder: pathlib.Path, change: Any) -> pathlib.Path:
+    """The run, its model after ``change``."""
+    config = RunFolder(folder).read_config()
+    data = dataclasses.replace(config.data, seq_len=48)
+    config = dataclasses.replace(config, model=change(config.model), data=data)
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    return folder
+
+
+def attending(**fields: Any) -> Any:
+    """Changes the attention of a model."""
+
+    def change(model: DecoderConfig) -> DecoderConfig:
+        groups = [dataclasses.replace(g, attention=dataclasses.replace(g.attention, **fields)) for g in model.groups]
+        return dataclasses.replace(model, groups=tuple(groups))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "said"),
+    [
+        (llama(), attending(rope_theta=5e5), {"rope_theta": 5e5, "max_position_embeddings": 48}),
+        (
+            deepseek(num_hidden_layers=1),
+            attending(indexer=IndexerConfig(2, 8, 3)),
+            {"model_type": "deepseek_v32", "index_topk": 3, "max_position_embeddings": 64},
+        ),
+        (
+            deepseek(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=1),
+            lambda model: dataclasses.replace(model, norm_eps=0.1, multi_token=None),
+            {"rms_norm_eps": 0.1, "num_nextn_predict_layers": 0, "max_position_embeddings": 64},
+        ),
+    ],
+    ids=["angles", "indexer", "no further tokens"],
+)
+def test_a_model_that_training_made_another_one_is_exported_as_it_is_now(
+    config: dict[str, Any], change: Any, said: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    """Its config.json and files of weights are new; what belongs to its texts stays."""
+    source = write_folder(tmp_path / "source", config | {"eos_token_id": [1, 3]}, random_tensors(config), shards=2)
+    folder = with_model(convert(source, tmp_path / "run"), change)
+    train(folder)
+    back = convert(folder, tmp_path / "back")
+    tokens_BT = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(logits(opened(folder), tokens_BT), logits(opened(back), tokens_BT))
+    found = json.loads((back / "config.json").read_text())
+    said = said | {"eos_token_id": [1, 3]}
+    assert {name: found[name] for name in said} == said
+    assert set(RunTensors(RunFolder(folder))) == set(TensorFiles(back))
+    assert dsjax.load(folder).max_length == found["max_position_embeddings"]
+    assert not (back / INDEX).exists()
+    for name in ("README.md", ".gitattributes", "generation_config.json"):
+        assert (back / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_model_that_became_one_of_no_family_is_refused(tmp_path: pathlib.Path) -> None:
+    config = llama()
+    folder = convert(write_folder(tmp_path / "source", config, random_tensors(config)), tmp_path / "run")
+    with pytest.raises(UserError, match="the model has a window, which no model type of Hugging Face's"):
+        convert(with_model(folder, attending(window=4)), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_only_training_uses_makes_no_other_model(tmp_path: pathlib.Path) -> None:
+    config = deepseek("deepseek_v2", torch_dtype="bfloat16")
+    source = write_folder(tmp_path / "source", config, random_tensors(config, dtype=BF16), shards=2)
+
+    def change(model: DecoderConfig) -> DecoderConfig:
+        dense, experts = model.groups
+        ffn = dataclasses.replace(experts.ffn, sequence_coef=0.5, capacity=1.5, num_replicas=2)
+        return dataclasses.replace(model, groups=(dense, dataclasses.replace(experts, ffn=ffn)))
+
+    folder = with_model(convert(source, tmp_path / "run"), change)
+    train(folder)
+    back = convert(folder, tmp_path / "back", dtype="bfloat16")
+    assert json.loads((back / "config.json").read_text()) == config
+    before, files = TensorFiles(source), TensorFiles(back)
+    assert {n: files.kind(n).file.name for n in files} == {n: before.kind(n).file.name for n in before}
 
 
 # ---------------------------------------------------------------- trained here

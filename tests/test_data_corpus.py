@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pathlib
 
 import pyarrow
 import pyarrow.parquet
@@ -30,6 +31,29 @@ def test_folder_is_recursive_sorted_and_keeps_bytes(tmp_path):
     (tmp_path / ".git" / "c.py").write_bytes(b"hidden")
     documents = read_source(Source(str(tmp_path))).documents
     assert [(d.name, d.text) for d in documents] == [("a.txt", "é\n\n"), ("b/x.py", "a = 1\r\nb = 2\r")]
+
+
+@pytest.mark.parametrize("pattern", ["", "/**"])
+def test_names_that_are_not_utf_8_are_shown_escaped(tmp_path, pattern):
+    folder = pathlib.Path(os.fsdecode(os.fsencode(tmp_path) + b"/etud\xe9"))
+    folder.mkdir()
+    (folder / "a.py").write_text("x = 1\n")
+    (folder / "empty.py").touch()
+    (folder / "b.jsonl").write_text('{"text": "hi"}\n{broken\n')
+    reading = read_source(Source(f"{tmp_path}{pattern}"))
+    names = [*(d.name for d in reading.documents), *(s.name for s in reading.skipped), *reading.digests]
+    assert {name.removeprefix(f"{tmp_path}/").encode() for name in names} == {
+        rb"etud\udce9/" + name for name in (b"a.py", b"b.jsonl:1", b"b.jsonl:2", b"empty.py", b"b.jsonl")
+    }
+
+
+def test_a_folder_behind_a_link_is_left_out(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "other").mkdir()
+    for name in ("source/a.txt", "other/b.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "source" / "link").symlink_to(tmp_path / "other")
+    assert [d.name for d in read_source(Source(str(tmp_path / "source"))).documents] == ["a.txt"]
 
 
 def test_glob_takes_any_suffix(tmp_path):

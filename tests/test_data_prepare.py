@@ -230,8 +230,8 @@ def test_a_source_of_duplicates_only_is_named(cfg, tmp_path):
         ({"special_tokens": ("a",), "tokenizer_path": "t.json"}, "data.special_tokens is ('a',); with tokenizer_path"),
         ({"tokenizer_path": "nowhere.json"}, "'nowhere.json' does not exist"),
         ({"tokenizer_path": "a" * 300}, "cannot be read"),
-        ({"end_token": "§"}, "data.end_token has '§'; a name must have two characters or more"),
-        ({"special_tokens": ("<|a|>", "Q")}, "data.special_tokens has 'Q'; a name must have two characters or more"),
+        ({"end_token": "§"}, "data.end_token has '§'; a name must have a letter or digit with a sign behind it"),
+        ({"special_tokens": ("<|a|>", "EOS")}, "data.special_tokens has 'EOS'; a name must have a letter or digit"),
         ({"end_token": "x\udcff"}, "data.end_token and special_tokens are ('x\\udcff',); one has half of a surrogate"),
     ],
 )

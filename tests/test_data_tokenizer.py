@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from dsjax.config import UserError
-from dsjax.data.tokenizer import END, load_tokenizer, parse_tokenizer, train_tokenizer
+from dsjax.data.tokenizer import END, LAYOUT_SPLIT, SPLIT, load_tokenizer, parse_tokenizer, train_tokenizer
 
 _TEXTS = ["def f(self):\n        return self.value_1 + 12345\n" * 20, "class A:\n    x = '<|end|>'\n\n    y = 2\n" * 20]
 
@@ -34,6 +36,29 @@ def test_ids_of_special_tokens(tokenizer):
     assert tokenizer.special_ids == {END: 0, "<|fim|>": 1}
     assert tokenizer.end_id == 0
     assert tokenizer.decode([0, *tokenizer.encode("a").tolist(), 1]) == "a"
+
+
+@pytest.mark.parametrize("split", [SPLIT, LAYOUT_SPLIT])
+@settings(max_examples=200, deadline=None)
+@given(text=st.text() | st.text(alphabet=" \t\r\n_aZ0é.:(<|/>"))
+def test_no_piece_holds_a_sign_behind_a_letter(split, text):
+    pieces = pre_tokenizers.Split(Regex(split), behavior="isolated").pre_tokenize_str(text)
+    assert not [piece for piece, _ in pieces if re.search(r"[A-Za-z0-9_][^A-Za-z0-9_\x80-\U0010ffff]", piece)]
+
+
+# With the byte-level letter for a space; a text in the middle of an identifier; half of a character.
+@pytest.mark.parametrize("name", ["EOS", "ĠEOS", "###", "##", "Ġ#", "12", "<EOS", "Q", "§", "ĊĠĠ", "aÃ"])
+def test_a_name_that_text_may_spell_is_no_special_token(name):
+    with pytest.raises(UserError, match=r"must have a letter or digit with a sign behind it, as '<\|end\|>'"):
+        train_tokenizer(_TEXTS, 320, (name,))
+
+
+@pytest.mark.parametrize("name", [END, "</s>", "[PAD]", "<a>", "a b", "<｜fim▁hole｜>", "終わり"])
+def test_merges_never_spell_a_special_token(name):
+    one = train_tokenizer([f"x {name} {name}y\n{name}(" * 50] * 9, 400, end_token=name)
+    for text in (name, f" {name}", f"x{name}y\n{name}"):
+        assert one.end_id not in one.encode(text)
+        assert one.decode(one.encode(text)) == text
 
 
 def test_line_end_with_indentation_is_one_token(tokenizer):

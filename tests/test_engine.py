@@ -15,7 +15,7 @@ from models import ATTENTION, V, graph, logits, random_tokens, weights
 
 from dsjax.config import UserError
 from dsjax.infer.batching import Engine
-from dsjax.infer.pages import Layout, Pool, Tables
+from dsjax.infer.pages import Layout, Pool, Prefixes, Tables, moves
 from dsjax.infer.requests import Request
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.models.decoder import DecoderConfig, LayerGroup
@@ -40,6 +40,7 @@ MODELS = {
     "window": model(window=5),
     "segmented": model(segmented=Segmented(6, 4, 3), conv_taps=3),
     "chosen": model(segmented=Segmented(4, top_segments=0)),
+    "long segments": model(segmented=Segmented(48)),  # a tail has more pages than a chunk
 }
 
 
@@ -86,6 +87,16 @@ def logits_of(name: str) -> Any:
 
 
 # ---------------------------------------------------------------- pages
+
+
+def test_what_stands_in_front_of_a_prompt_is_no_part_of_it() -> None:
+    prefixes = Prefixes(1, lambda *page: None)
+    found = []
+    for part in (0, 1):
+        for cut in range(4):
+            before = np.arange(cut, dtype=np.int32).tobytes()
+            found += prefixes.keys(part, range(cut, 3), whole=True, salt=before)
+    assert len(set(found)) == len(found) == 2 * (4 + 3 + 2 + 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,6 +177,17 @@ def test_the_pages_of_a_row_hold_all_slots_and_closed_ones_are_not_written_again
                 # written when it comes, as part of a chunk of one
                 slot = int(np.asarray(slots_of(mask, np.full(1, later), 1, np.ones(1, int)))[0, 0])
                 assert slot // P not in layout.closed(length)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 60), st.integers(0, 60), st.sets(st.integers(0, 59), min_size=1, max_size=4))
+def test_there_is_room_to_copy_all_pages_that_go_on_being_written(P: int, W: int, w: int, shifts: set[int]) -> None:
+    for parts in (1, 2):
+        layout = Layout(tuple(Segments(W, min(w, W), shift) for shift in {s % W for s in shifts}), P, 400, parts)
+        for length in range(1, 3 * W):
+            is_open = set(layout.needed(length, length)) - set(layout.closed(length))
+            assert len(is_open) <= layout.num_copied
+            moves(layout, [(logical, 0, 0) for logical in is_open], 0, 1)
 
 
 # ---------------------------------------------------------------- requests
@@ -264,6 +286,25 @@ def test_one_that_can_never_fit_says_so() -> None:
         made.submit(Request([1] * 48))
 
 
+def test_one_that_can_never_fit_ends_no_stream_beside_it() -> None:
+    made, sentence = engine("full", num_positions=16), "more than there are pages for; raise num_positions"
+    grows, other = Request([1] * 5, 40, GREEDY, end_ids=()), Request(prompt(5), 4, GREEDY)  # it fits at first
+    want = alone("full", tuple(prompt(5)), 4)
+    made.submit(grows)
+    assert [t for event in made.stream(other) for t in event.tokens] == want
+    with pytest.raises(UserError, match=sentence):
+        made.run()
+    assert made.run() == {}  # it is told once
+    stream = made.stream(grows)
+    next(stream)
+    assert [t for event in made.stream(other) for t in event.tokens] == want
+    assert made.run() == {}  # that is the stream's to tell
+    with pytest.raises(UserError, match=sentence):
+        list(stream)
+    assert not made.busy
+    assert made.run() == {}
+
+
 def test_a_stream_gives_tokens_as_they_come_and_their_probabilities() -> None:
     made = engine("full")
     other = made.submit(Request(prompt(3), 20, GREEDY))
@@ -283,7 +324,9 @@ def test_only_the_given_first_tokens_come_first() -> None:
     made, only = engine("full"), np.zeros(V, bool)
     only[[7, 9]] = True
     for seed in range(6):
-        made.submit(Request(prompt(5), 2, SamplingConfig(2.0, 0, 1.0), seed, first_tokens=only))
+        more = np.ones(seed, bool)  # of a tokenizer that has more than the model
+        first = np.concatenate([only, more])
+        made.submit(Request(prompt(5), 2, SamplingConfig(2.0, 0, 1.0), seed, first_tokens=first))
     assert {tokens[0] for tokens in run(made).values()} <= {7, 9}
 
 

@@ -89,6 +89,7 @@ def test_what_a_request_can_not_have_is_said() -> None:
         (Request([1], num_samples=0), "num_samples of a request is 0; it must be a whole number of at least 1"),
         (Request([1], max_tokens=0), "max_tokens of a request is 0; it must be a whole number of at least 1"),
         (Request([1, 32, 2]), "a prompt has a token 32; the model has those from 0 to 31"),
+        (Request([1], first_tokens=np.arange(40) > 31), "first_tokens of a request allows no token of the model"),
         (Request([1, -1, 2]), "a prompt has a token -1; the model has those from 0 to 31"),
         (Request([1], sampling=SamplingConfig(-1.0)), r"temperature is -1\.0; it must be a number >= 0"),
         (Request([1], sampling=SamplingConfig(math.nan)), "temperature is nan; it must be a number >= 0"),

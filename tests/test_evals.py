@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.evals.functions import function_prompts, parses, wilson_interval
 from dsjax.evals.report import markdown
 from dsjax.rl.completions import cut_body
+from dsjax.runs import RunFolder
 
 
 def held_out(*ids: list[int]) -> tuple[HeldOut, ...]:
@@ -93,6 +96,11 @@ def test_bodies_are_cut_at_the_line_that_they_begin_at() -> None:
         ("    return 1\n    y = foo(", False, ("    return 1\n", False)),  # the cut line is not judged
         ("    return 1\n    y = foo(", True, ("    return 1\n    y = foo(", True)),
         ("    return 1\nx", False, ("    return 1\nx"[:13], False)),  # too short to tell a dedent from a cut
+        ('    s = """\nhello\n"""\n    return s\nx = 2\n', False, ('    s = """\nhello\n"""\n    return s\n', True)),
+        ("    x = f(\na,\n)\n    return x\n", True, ("    x = f(\na,\n)\n    return x\n", True)),
+        ("    x = 1 + \\\n1\nx\n", False, ("    x = 1 + \\\n1\n", True)),
+        ("    x = 'a\nx\n", False, ("    x = 'a\n", True)),  # no string goes on behind its line
+        ("    x = 'a\u2028b'\n", True, ("    x = 'a\u2028b'\n", True)),
     ],
 )
 def test_a_body_ends_at_the_first_dedent(text: str, ended: bool, want: tuple[str, bool]) -> None:
@@ -130,7 +138,9 @@ def test_the_report_shows_samples_as_python() -> None:
     }  # fmt: skip
     for key in ("", "ngram_", "xz_"):
         report |= {f"{key}bits_per_byte": 1.5, f"{key}bits_per_byte_half_interval": 0.1}
-    text = markdown(json.loads(json.dumps(report)), "run")
+    run = RunFolder(pathlib.Path(os.fsdecode(b"runs/etud\xe9")))
+    text = markdown(json.loads(json.dumps(report)), run.name)
+    assert text.encode().startswith(rb"# etud\udce9: step 3")
     code = text.split("```python\n")[1].split("```")[0]
     assert ast.parse(code).body[0].name == "f"
     assert "10.0% below the 5-gram" in text

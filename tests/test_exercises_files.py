@@ -11,6 +11,7 @@ import pytest
 
 from dsjax.config import UserError
 from dsjax.rl.exercises import AnswerForm, ExercisesConfig, FamilyConfig, distinct, draw, families_of
+from dsjax.rl.exercises.exercise import numbers_of, split_of
 from dsjax.rl.exercises.lines import read_families
 
 GSM = {"question": "Two hens lay 3 eggs each. How many?", "answer": "2 * 3 = <<2*3=6>>6 eggs.\n#### 6"}
@@ -78,6 +79,65 @@ def test_programming_problems(tmp_path: pathlib.Path) -> None:
     (family,) = read_families(write(tmp_path / "mbpp.jsonl", mbpp), AnswerForm()).values()
     assert "Add one." in family.exercise(1, 0).prompt
     assert family.exercise(1, 0).solution == mbpp["code"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "scorer"),
+    [
+        ({"answer": "no"}, "words"),
+        ({"answer": "She is Evelyn. #### Evelyn"}, "words"),
+        ({"answer": "\\text{no}"}, "words"),
+        ({"answer": "no", "scorer": "math"}, "math"),
+        ({"answer": "x"}, "math"),
+        ({"answer": "x y"}, "math"),
+        ({"answer": "10 cm"}, "math"),
+        ({"answer": "ab + 1"}, "math"),
+    ],
+)
+def test_words_are_judged_as_words(tmp_path: pathlib.Path, fields: dict[str, str], scorer: str) -> None:
+    (family,) = read_families(write(tmp_path / "quiz.jsonl", {"question": "x"} | fields), AnswerForm()).values()
+    assert family.exercise(1, 0).scorer == scorer
+
+
+def test_letters_of_maths_form_stay_mathematics(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "math.jsonl", {"problem": "a times b?", "solution": "\\boxed{ab}"})
+    assert read_families(path, AnswerForm())["file/math"].exercise(1, 0).scorer == "math"
+
+
+def test_problems_are_there_once_and_on_the_same_side_in_every_template(tmp_path: pathlib.Path) -> None:
+    lines = [
+        {"entry_point": f"f{i}", "tests": [[[1], 1]], "prompt": f"def f{i}(x):\n", "solution": "    return x\n"}
+        for i in range(40)
+    ]
+    path = write(tmp_path / "problems.jsonl", *lines, *lines[:2], {"entry_point": "g", "tests": [[[1], 1]]})
+    plain, think = (read_families(path, AnswerForm(template=t))["file/problems"] for t in ("plain", "think"))  # type: ignore[arg-type]
+    assert plain.size(1) == think.size(1) == 41
+    for number in range(41):
+        a, b = plain.exercise(1, number), think.exercise(1, number)
+        assert a.data == b.data
+        assert a.prompt != b.prompt
+        assert plain.split(a) == think.split(b) == split_of(a.question)
+
+
+def test_of_a_file_every_solution_is_looked_at_for_the_mark(tmp_path: pathlib.Path) -> None:
+    lines = [{"question": f"{n}?", "answer": f"{n} gives {n} #### {n}"} for n in range(9)]
+    bad = {"question": "a?", "answer": "6 / 2 = 3 and so #### 3", "level": 2}
+    config = ExercisesConfig(families=(), files=(write(tmp_path / "sums.jsonl", *lines),), answer_mark="= ")
+    assert len(families_of(config)) == 1
+    write(tmp_path / "sums.jsonl", *lines, bad)
+    with pytest.raises(UserError, match=r"answer_mark is '= ', which solutions of file/sums have .* \('6 / 2 = 3 and"):
+        families_of(config)
+
+
+def test_a_level_may_have_nothing_on_a_side_that_is_not_asked(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "few.jsonl", *(GSM | {"question": f"{n}?", "level": n} for n in range(1, 25)))
+    (family,) = families_of(ExercisesConfig(families=(), files=(path,))).values()
+    empty = [level for level in family.levels if not numbers_of(family, level, "validation")]
+    assert distinct(family, empty[0], "validation", 0) == []
+    with pytest.raises(UserError, match=rf"a is 1; file/few has 0 different exercises of level {empty[0]} on the side"):
+        distinct(family, empty[0], "validation", 1, key="a")
+    with pytest.raises(UserError, match=rf"file/few has no exercise of level {empty[0]} on the side 'validation'"):
+        draw(family, empty[0], "validation", seed=0, num=1)
 
 
 def test_the_lines_of_a_file_have_sides_too(tmp_path: pathlib.Path) -> None:

@@ -251,6 +251,9 @@ def test_an_indexer_adds_its_matrices_and_its_norm_to_every_layer() -> None:
         (ROPES[4], YarnScaling(40.0, 4096, 32.0, 1.0, 0.707, 0.707)),
         (ROPES[5], YarnScaling(4.0, 64, fixed_amplitude=1.2, whole_channels=False)),
         (ROPES[6], Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+        # Beside the others it goes before the one among them: so transformers 5.24 computes its frequencies.
+        (ROPES[6] | {"original_max_position_embeddings": 512}, Llama3Scaling(8.0, 1.0, 4.0, 512)),
+        (ROPES[4] | {"original_max_position_embeddings": 512}, YarnScaling(40.0, 512, 32.0, 1.0, 0.707, 0.707)),
         (ROPES[3] | ROPES[6], Llama3Scaling(8.0, 1.0, 4.0, 8192)),  # transformers takes the older one of both
     ],
 )

@@ -210,6 +210,55 @@ def test_the_bytes_of_tokens_are_the_text() -> None:
     assert texts[tokenizer().end_id] == b""
 
 
+@functools.cache
+def with_blank_in_front() -> PythonGrammar:
+    """Of a tokenizer as SentencePiece makes them: a blank goes in front of a text, and the decoder takes it away."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    merges = [("d", "e"), ("de", "f"), ("\u2581", "def"), ("\u2581", "x"), ("\u2581", "\u2581")]
+    letters = ["\u2581", *map(chr, range(0x21, 0x7F)), *(a + b for a, b in merges)]
+    names = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocab = {name: i for i, name in enumerate(names)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(parts)
+    inner.add_special_tokens(["<unk>", "<s>"])
+    return PythonGrammar(Tokenizer(inner, end_token="<s>"))
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [("def f():", 0), ("x = 1", 0), ("é = 1", 0), ("# c\nx", 0), ("", 0), (" x = 1", 2), ("\tx", 2), ("x = )", 5)],
+)
+def test_a_blank_that_the_decoder_drops_is_no_indentation(text: str, stop: int) -> None:
+    made, tokens = with_blank_in_front(), with_blank_in_front().tokenizer
+    prompt = [tokens.end_id, *tokens.encode(text).tolist()]
+    assert tokens.decode(prompt) == text
+    if stop:  # the column of what can not follow
+        with pytest.raises(UserError, match=rf"line \d, column {stop}: "):
+            made.begin(prompt, [tokens.end_id])
+        return
+    assert made.begin(prompt, [tokens.end_id]).ends_well() == parses(text.encode())
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_program_may_begin_with_a_blank_where_the_decoder_drops_it(is_first: bool) -> None:
+    """Behind another text, as an answer in a chat is, the decoder leaves it where it is."""
+    made = with_blank_in_front()
+    end, texts = made.tokenizer.end_id, made.masks.texts
+    constraint = made.begin([end] if is_first else [], [end])
+    shown = [text.removeprefix(b" ") if is_first else text for text in texts]
+    reader = Reader()
+    fits = [bool(t) and reader.read(reader.start, s) is not None for t, s in zip(texts, shown, strict=True)]
+    fits[end] = True  # an empty text is a program
+    assert constraint.mask(len(texts)).tolist() == fits
+    assert fits[made.ids[b" def"]] == is_first
+    constraint.add(made.ids[b" x" if is_first else b"x"])
+    assert constraint.ends_well()
+
+
 def test_a_vocabulary_that_lacks_bytes_is_refused() -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers

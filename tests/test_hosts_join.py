@@ -167,7 +167,7 @@ def test_noise_on_the_port_changes_nothing() -> None:
 def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No cluster around us, and no network."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JAX_COORDINATOR", "JAX_NUM_PROC")):
+        if name in join.VARIABLES or name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
@@ -277,7 +277,10 @@ def test_wrong_flags(clean, flags, sentence) -> None:
         (JAX | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID is 'one'; it must be a whole number"),
         (JAX | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; it must be from 0 to 1"),
         (JAX | {"JAX_COORDINATOR_ADDRESS": ""}, "but not JAX_COORDINATOR_ADDRESS"),
-        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX detects no cluster"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "not JAX_NUM_PROCESSES and JAX_PROCESS_ID, and JAX detects no cluster"),
+        ({"JAX_NUM_PROCESSES": "2"}, "has JAX_NUM_PROCESSES, but not JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID"),
+        ({"JAX_PROCESS_ID": "1"}, "has JAX_PROCESS_ID, but not JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"),
+        (JAX | {"JAX_PROCESS_ID": ""}, "but not JAX_PROCESS_ID, and JAX detects no cluster; set all three or none"),
         (SLURM | {"SLURM_PROCID": "x"}, "not this process's place in it (ValueError"),
     ],
 )

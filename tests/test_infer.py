@@ -136,8 +136,9 @@ def test_healing_lets_a_prompt_end_inside_a_token() -> None:
     assert heal(tokenizer, [tokenizer.end_id])[0] == [tokenizer.end_id]
 
 
-def test_only_the_given_first_tokens_come_first() -> None:
-    only = np.zeros(V, bool)
+@pytest.mark.parametrize("size", [V - 2, V, V + 5])  # of the tokenizer
+def test_only_the_given_first_tokens_come_first(size: int) -> None:
+    only = np.arange(size) >= V
     only[[7, 9]] = True
     rows = complete(
         GRAPH, PARAMS, [[1, 2]] * 20, max_tokens=2, end_id=31, max_length=64,

@@ -20,6 +20,8 @@ from dsjax.plan.chips import CHIPS
 from dsjax.plan.kernels import Case, clock
 from dsjax.plan.schedule import DELAY_SLOTS
 from pallas_kernels.segmented_attention import Segments
+from pallas_kernels.segmented_attention.tile_table import TABLE
+from pallas_kernels.segmented_attention.tiles import Tiles
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIES = ("-c", "import os, sys; print('a cry', file=sys.stderr, flush=True); os.kill(os.getpid(), 6)")
@@ -124,6 +126,15 @@ def test_the_search_writes_the_best_tiles_and_leaves_other_chips(
     assert after == {key: tiles for key, tiles in before.items() if key[0] != "TPU v5 lite"}
     assert "the best are in" in said
     assert told == ""
+
+
+@pytest.mark.parametrize(("chip", "kind"), [("v5e", "TPU v5 lite"), ("v6e", "TPU v6 lite")])
+def test_what_the_table_holds_is_among_what_is_tried(chip: str, kind: str) -> None:
+    tried = [(case.backward, kernels_attention.tiles_of(case)) for case in kernels_attention.search(chip)]
+    held = {kernel: Tiles(*sizes) for (of, kernel, _), sizes in TABLE.items() if of == kind}
+    assert held.keys() == {"forward", "backward"}
+    for kernel, tiles in held.items():
+        assert (kernel == "backward", tiles) in tried
 
 
 def runpy_table(path: pathlib.Path) -> dict[tuple[str, str, int], tuple[int, ...]]:

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ from dsjax.data.tokenizer import train_tokenizer
 from dsjax.evals.report import evaluate_run
 from dsjax.nn.masks import Documents
 from dsjax.train import pretrain
+from dsjax.train.loop import Job, restore_or_init
+from dsjax.train.step import TrainState
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -337,6 +340,32 @@ def test_a_limit_of_time_plans_fewer_steps_and_ends_with_a_small_learning_rate(t
 def test_a_limit_of_time_is_one_while_the_rate_still_rises(tmp_path: pathlib.Path) -> None:
     assert run(tmp_path / "run", train={"steps": 1000, "max_minutes": 1e-4}, optim={"warmup_steps": 900}) == 0
     assert loop_state(tmp_path / "run")["iteration"] < 10
+
+
+def test_more_time_is_taken(tmp_path: pathlib.Path) -> None:
+    short = {"steps": 40, "max_minutes": 1e-4, "log_every": 1}
+    optim = {"warmup_steps": 30}
+    for _ in range(2):
+        assert run(tmp_path / "run", train=short, optim=optim) == 0
+        assert loop_state(tmp_path / "run")["iteration"] < 10
+    assert run(tmp_path / "run", train=short | {"max_minutes": 0.0}, optim=optim) == 0
+    assert loop_state(tmp_path / "run")["iteration"] == 40
+    assert loop_state(tmp_path / "run")["asked_minutes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "planned"),
+    [(2.0, 2.0, 9), (2.0, 1.0, 9), (2.0, 3.0, 90), (2.0, 0.0, 90), (0.0, 0.0, 9), (0.0, 3.0, 9), (None, 3.0, 9)],
+)
+def test_steps_are_planned_anew_when_more_time_is_asked_for(before: float | None, now: float, planned: int) -> None:
+    loop = {"iteration": 5, "total_steps": 9, "asked_steps": 90} | ({} if before is None else {"asked_minutes": before})
+    state = TrainState(np.int32(5), {}, {}, {}, np.zeros(2, np.uint32))
+    parts = {name: mock.MagicMock() for name in ("checkpoints", "batches", "trainer")}
+    job = mock.MagicMock(spec=Job, frozen=dict, **parts)
+    job.checkpoints.empty.return_value = False
+    job.checkpoints.restore.return_value = (state, {"data": None, "loop": loop}, 5)
+    counters = restore_or_init(changed(small(), train={"steps": 90, "max_minutes": now}), job)[1]
+    assert (counters.total_steps, counters.asked_steps, counters.asked_minutes) == (planned, 90, now)
 
 
 def test_no_step_compiles_anything_after_the_second(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

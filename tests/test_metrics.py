@@ -13,6 +13,9 @@ from tensorboardX.proto.event_pb2 import Event
 from dsjax.config import UserError
 from dsjax.metrics import MetricsLog, Progress, plot_loss, read_metrics, write_atomic
 
+SO_FAR = {"tokens_seen": 64, "seconds": 1.5}  # what every record has
+LINE = json.dumps({"step": 1, "loss": 3.0} | SO_FAR) + "\n"
+
 
 def records_of(path: pathlib.Path) -> list[dict]:
     return list(read_metrics(path / "metrics.jsonl"))
@@ -23,16 +26,17 @@ def records_of(path: pathlib.Path) -> list[dict]:
 
 def test_records_come_back(tmp_path: pathlib.Path) -> None:
     log = MetricsLog(tmp_path)
-    log.write(1, {"loss": 2.5})
-    log.write(2, {"loss": 2.25, "lr": 0.1})
+    log.write(1, {"loss": 2.5} | SO_FAR)
+    log.write(2, {"loss": 2.25, "lr": 0.1} | SO_FAR)
     log.close()
-    assert records_of(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "lr": 0.1}] == log.records
+    expected = [{"step": 1, "loss": 2.5} | SO_FAR, {"step": 2, "loss": 2.25, "lr": 0.1} | SO_FAR]
+    assert records_of(tmp_path) == expected == log.records
 
 
 def test_each_record_is_in_the_file_at_once(tmp_path: pathlib.Path) -> None:
     log = MetricsLog(tmp_path)
-    log.write(1, {"loss": 2.5})
-    assert records_of(tmp_path) == [{"step": 1, "loss": 2.5}]
+    log.write(1, {"loss": 2.5} | SO_FAR)
+    assert records_of(tmp_path) == [{"step": 1, "loss": 2.5} | SO_FAR]
     log.close()
 
 
@@ -46,18 +50,27 @@ def test_what_is_not_finite_is_null(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("end", ['{"step": 2, "lo', '{"step": 2', "{", '"', "\x00\x00\x00", "2", '{"loss": 1.0}'])
 def test_a_last_line_cut_short_is_left_out(end: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n' + end)
-    assert records_of(tmp_path) == [{"step": 1, "loss": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text(LINE + end)
+    assert records_of(tmp_path) == [json.loads(LINE)]
 
 
 def test_a_last_line_that_is_not_utf_8_is_left_out(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff')
-    assert records_of(tmp_path) == [{"step": 1}]
+    (tmp_path / "metrics.jsonl").write_bytes(LINE.encode() + b'{"st\xff')
+    assert records_of(tmp_path) == [json.loads(LINE)]
 
 
-def test_another_damaged_line_is_named(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is no record with a step"):
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step', '{"step": 2}', '{"step": 2, "tokens_seen": 64}', '{"step": 2, "seconds": 1}',
+        '{"step": 2, "tokens_seen": 64, "seconds": null}', '{"step": 2, "tokens_seen": null, "seconds": 1}',
+        '{"step": 2, "tokens_seen": 64, "seconds": NaN}', '{"step": 2, "tokens_seen": 64, "seconds": "1"}',
+        '{"step": 2, "tokens_seen": 64, "seconds": 1, "loss": true}', '{"step": 2.0, "tokens_seen": 64, "seconds": 1}',
+    ],
+)  # fmt: skip
+def test_another_damaged_line_is_named(line: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f"{LINE}{line}\n{LINE}")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is no record of numbers with step, tokens_seen, seconds: '"):
         records_of(tmp_path)
 
 
@@ -66,16 +79,16 @@ def test_no_file_is_no_records(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_resumed_run_drops_what_lies_behind_its_step(tmp_path: pathlib.Path) -> None:
-    lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 5, 10, 15))
+    lines = "".join(json.dumps({"step": step} | SO_FAR) + "\n" for step in (1, 5, 10, 15))
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 2')
     log = MetricsLog(tmp_path, resume_step=10)
-    log.write(11, {"loss": 0.5})
+    log.write(11, SO_FAR)
     log.close()
     assert [r["step"] for r in records_of(tmp_path)] == [1, 5, 10, 11]
 
 
 def test_a_run_that_begins_anew_drops_everything(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text(LINE)
     MetricsLog(tmp_path).close()
     assert records_of(tmp_path) == []
 
@@ -163,6 +176,12 @@ def test_the_loss_is_drawn_beside_held_out_values(tmp_path: pathlib.Path) -> Non
     two = size_of_png(tmp_path / "both.png")
     assert one[0] > 0
     assert two == (2 * one[0], one[1])
+
+
+@pytest.mark.parametrize("title", ["$x^$", "a$b", "lr\\frac_{1}"])
+def test_the_name_of_a_run_is_no_formula(title: str, tmp_path: pathlib.Path) -> None:
+    plot_loss([{"step": 1, "tokens_seen": 1, "loss": 2.0}], tmp_path / "loss.png", title=title)
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_nothing_to_draw_draws_nothing(tmp_path: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ from benchmarks import needles
 from benchmarks.attention_energy import Work, decode, layer
 from benchmarks.sparse_layers import strided_mask
 from dsjax.evals.needle import KINDS
+from dsjax.nn.masks import Documents
 
 
 def test_models_differ_in_attention_alone() -> None:
@@ -34,8 +35,11 @@ def test_the_strided_model_sees_what_its_mask_says() -> None:
     model = needles.make_model("strided", nnx.Rngs(0))
     q = jax.random.normal(jax.random.key(0), (1, 64, 2, 1, 8))
     attend = model.group_0.attention._whole_rows
-    sees = jax.jacobian(lambda v: attend(q, q[:, :, :, 0], v, None, None).sum((0, 2, 3, 4)))(q[:, :, :, 0])
-    np.testing.assert_array_equal(np.abs(sees).sum((1, 3, 4)) > 0, strided_mask(64, needles.STRIDE))
+    ids = np.array([[1] * 40 + [2] * 24])
+    documents = Documents(jnp.asarray(ids), jnp.zeros_like(ids))
+    sees = jax.jacobian(lambda v: attend(q, q[:, :, :, 0], v, documents, None).sum((0, 2, 3, 4)))(q[:, :, :, 0])
+    expected = strided_mask(64, needles.STRIDE) & (ids[0][:, None] == ids[0])
+    np.testing.assert_array_equal(np.abs(sees).sum((1, 3, 4)) > 0, expected)
 
 
 def test_batches_hold_equally_many_tokens_and_ask_in_turn() -> None:

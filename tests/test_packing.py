@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from small_runs import ATTENTION
 
 from dsjax.config import UserError
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig, LayerGroup
+from dsjax.nn.masks import Segmented
 from dsjax.nn.mlp import MLPConfig
 from dsjax.rl.experience import Experience, experience_of, minibatch
 from dsjax.rl.packing import Packing, num_rows, packing_of
@@ -32,10 +34,11 @@ END, V = 0, 32
     lengths=st.lists(st.integers(0, 16), max_size=40),
     spare=st.integers(0, 20),
     devices=st.integers(1, 5),
+    turn=st.sampled_from([1, 1, 2, 5, 40]),
 )
-def test_every_text_has_one_place_and_no_two_the_same(lengths: list[int], spare: int, devices: int) -> None:
+def test_every_text_has_one_place_and_no_two_the_same(lengths: list[int], spare: int, devices: int, turn: int) -> None:
     size = max([*lengths, 1]) + spare
-    packing = Packing(lengths, size, devices)
+    packing = Packing(lengths, size, devices, turn)
     assert packing.num_rows % devices == 0
     assert packing.num_rows >= devices
     taken = np.zeros((packing.num_rows, size), int)
@@ -43,6 +46,7 @@ def test_every_text_has_one_place_and_no_two_the_same(lengths: list[int], spare:
         if length:
             taken[row, start : start + length] += 1
             assert start + length <= size
+            assert start % turn == 0
             assert part >= 1
         else:
             assert row == start == part == -1
@@ -50,7 +54,7 @@ def test_every_text_has_one_place_and_no_two_the_same(lengths: list[int], spare:
     assert taken.sum() == sum(lengths)
     # First-fit: no two rows of those used could have been one.
     used = np.sort(taken.sum(axis=1)[taken.sum(axis=1) > 0])
-    assert len(used) < 2 or used[0] + used[1] > size
+    assert turn > 1 or len(used) < 2 or used[0] + used[1] > size
     values = np.arange(len(lengths) * size).reshape(len(lengths), size) + 1
     there = packing.unpacked(packing.packed(values, 0), size)
     inside = np.arange(size) < np.asarray(lengths, int).reshape(-1, 1)
@@ -99,15 +103,20 @@ def texts(seed: int, num: int = 7) -> Experience:
     return experience_of(rows, counts, advantage.astype(np.float32), np.nan_to_num(rows.told_NT), **further)
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
-def test_the_loss_and_its_gradient_are_those_of_a_row_for_each(ratio: Any, aggregate: Any) -> None:
-    group = LayerGroup(MLPConfig(d_ff=16), ATTENTION)
+@pytest.mark.parametrize(
+    ("ratio", "aggregate", "segmented"),
+    [
+        *itertools.product(["token", "sequence"], ["token", "sequence", "constant"], [None]),
+        ("token", "token", Segmented(4, 2, 1)),  # as each was written, however rows are cut
+    ],
+)
+def test_the_loss_and_its_gradient_are_those_of_a_row_for_each(ratio: Any, aggregate: Any, segmented: Any) -> None:
+    group = LayerGroup(MLPConfig(d_ff=16), dataclasses.replace(ATTENTION, segmented=segmented))
     model = Decoder(DecoderConfig(V, d_model=8, num_layers=1, groups=(group,)), ComputeConfig(), rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     cfg = PolicyConfig(ratio=ratio, aggregate=aggregate, kl_coef=0.3, entropy_coef=0.01)
     alone = minibatch(texts(0), range(7), aggregate, 6)
-    packing = packing_of(alone, 24, 1)
+    packing = packing_of(alone, 24, 1, model.cfg.turn)
     together = packing.experience(alone, END)
     assert packing.num_rows < 6  # six texts that count
     assert together.documents.ids_BT.max() > 1

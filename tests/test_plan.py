@@ -28,7 +28,8 @@ from dsjax.plan.programs import make_program
 from dsjax.plan.roofline import make_roofline, seconds_of, spanned
 from dsjax.plan.traffic import Collective
 from dsjax.sharding import MeshConfig
-from dsjax.train.pretrain import Pretrain, batch_shapes, build
+from dsjax.train.preference import Preference
+from dsjax.train.pretrain import Pretrain, TrainConfig, batch_shapes, build
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -76,6 +77,18 @@ def dense(**mesh: int) -> Pretrain:
         compute=ComputeConfig(dtype="bfloat16", remat="full", loss_chunk=256),
         mesh=MeshConfig(**mesh),
     )
+
+
+@pytest.mark.parametrize(("method", "compared"), [("dpo", 2), ("reward", 0)])
+def test_the_step_of_a_recipe_is_its_own(method: Any, compared: int) -> None:
+    """Here that of preferences, with its loss, and a reference of both texts where the method has one."""
+    base = dense(data=1)
+    given = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    given |= {"method": method, "train": TrainConfig(start_from="run")}
+    given["model"] = dataclasses.replace(base.model, num_layers=1, values="head" if method == "reward" else "none")
+    program = make_program(Preference(**given), "train", jax.devices()[:1], batch_size=8, length=16)
+    assert "loss/preference" in program.traced.out_info[1]
+    assert program.bytes_by_part["batch"] == 4 * (8 * 16 * 5 + 8 * compared)
 
 
 # ---------------------------------------------------------------- against the run

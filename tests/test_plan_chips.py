@@ -9,8 +9,10 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from dsjax.config import UserError
 from dsjax.plan import chips
 from dsjax.plan.chips import CHIPS, energy_joules, ici_bandwidth, larger, parse_topology, topology_options, wraps
+from dsjax.train import peak
 
 ROOT = pathlib.Path(__file__).parent.parent
 TPUS = [name for name, chip in CHIPS.items() if chip.torus_dims]
@@ -232,6 +235,28 @@ def test_every_figure_has_a_source(name: str) -> None:
     assert not [figure for figure in figures if getattr(chip, figure) is None or not chip.sources.get(figure)]
     assert chip.peak("bf16") > 0
     assert chip.peak("f64") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("v4", "TPU v4"), ("v5e", "TPU v5 lite"), ("v5e", "TPU v5e"), ("v5p", "TPU v5"), ("v5p", "TPU v5p"),
+        ("v6e", "TPU v6 lite"), ("v6e", "TPU v6e"), ("tpu7x", "TPU7x"), ("h100", "NVIDIA H100 80GB HBM3"),
+    ],
+)  # fmt: skip
+def test_a_run_measures_itself_against_the_same_peak(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind, platform="it has")])
+    assert peak.matmul_peak_flops.__wrapped__() == CHIPS[name].peak() / CHIPS[name].devices_per_chip
+
+
+@pytest.mark.parametrize(("platform", "flops"), [("cpu", 10.0), ("gpu", 80.0)])
+def test_only_the_devices_of_a_cpu_share_what_was_measured(
+    platform: str, flops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="another", platform=platform)])
+    monkeypatch.setattr(jax, "local_device_count", lambda: 8)
+    monkeypatch.setattr(peak, "measured_matmul_flops", lambda dtype: 80.0)
+    assert peak.matmul_peak_flops.__wrapped__() == flops
 
 
 def test_the_page_is_current() -> None:

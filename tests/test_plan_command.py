@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax import cli
-from dsjax.config import UserError, load_config
+from dsjax.config import UserError, apply_overrides, load_config, to_dict
+from dsjax.data.tokenizer import train_tokenizer
 from dsjax.plan import command, process, search
 from dsjax.plan.chips import parse_topology
 from dsjax.plan.measure import Job
@@ -143,6 +145,39 @@ def test_inference_gets_a_mesh_of_its_own(name: str, devices: int, mesh: dict[st
     assert {axis: n for axis, n in sizes.items() if n > 1} == mesh
 
 
+@pytest.mark.parametrize("words", ["model.vocab_size=50258", "model.groups.0.ffn.d_ff=1002"])
+def test_the_mesh_of_inference_cuts_every_width(words: str) -> None:
+    model = apply_overrides(load_config(CONFIGS / "tiny.py"), [words]).model
+    assert command.inference_mesh(model, 8) == MeshConfig(data=-1, tensor=2)
+
+
+# ---------------------------------------------------------------- the run that it begins with
+
+
+def test_the_model_is_that_of_the_run_that_training_begins_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Where that run is not here, a config has to give a model itself."""
+    asked = list[Job]()
+    monkeypatch.setattr(command, "ask", lambda job, say, fresh: asked.append(job) or answer())
+    start, base = tmp_path / "start", load_config(TINY)
+    words = ("--topology", "v5e:2x2", "--mesh", "fsdp=4", "--quiet", f"train.start_from={start}")
+    recipes = [str(CONFIGS / f"{name}.py") for name in ("preference", "best_of", "code_finetune", "r1_tpu")]
+    found = [run(recipe, *words) for recipe in recipes]
+    assert [code for code, _, _ in found] == [2, 2, 0, 0]
+    assert found[0][2] == f"dsjax: no run folder {start}\n"
+    assert [job.config.model for job in asked] == [load_config(recipe).model for recipe in recipes[2:]]
+
+    start.mkdir()
+    (start / "config.json").write_text(json.dumps(to_dict(base)))
+    (start / "tokenizer.json").write_text(train_tokenizer([], 257).to_json())
+    assert [run(recipe, *words)[0] for recipe in recipes] == [0] * 4
+    assert run(recipes[0], *words, "method=reward")[0] == 0
+    values = [job.config.model.values for job in asked[2:]]
+    assert values == ["none", "none", "none", "none", "head"]
+    assert {dataclasses.replace(job.config.model, values="none") for job in asked[2:]} == {base.model}
+
+
 # ---------------------------------------------------------------- too big
 
 
@@ -179,6 +214,15 @@ def test_too_big_is_told_with_the_size_that_is_enough(monkeypatch: pytest.Monkey
     )
     assert asked == ["v5e:2x2", "v5e:2x4", "v5e:4x4"]
     assert json.loads(target.read_text())["fits"] is False
+
+
+def test_a_larger_mesh_goes_on_to_cut_experts_over_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Job]()
+    monkeypatch.setattr(command, "ask", lambda job, say, fresh: asked.append(job) or too_big_then_not(job))
+    mesh = "data=2,expert=2,expert_over_data=true"
+    told = run(TINY, "--topology", "v5e:2x2", "--mesh", mesh, "--quiet")[2]
+    assert "fits from v5e:4x4 (--mesh data=2,fsdp=4,expert=2,expert_over_data=true" in told
+    assert all(job.config.mesh.expert_over_data for job in asked)
 
 
 def test_what_can_not_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +281,9 @@ def test_a_model_that_needs_four_chips(tmp_path: pathlib.Path) -> None:
             ("--topology", "v5e:2x2", "--json", "no/such/folder.json"),
             "--json is no/such/folder.json: there is no folder",
         ),
+        (("--topology", "v5e:2x2", "--plot", "plan.xyz"), "--plot is plan.xyz; its name must end in one of ."),
         (("--topology", "v5e:2x2,v5e:4x4", "--search"), "--search takes one topology"),
+        (("--topology", "v5e:2x2", "--search", "--mesh", "fsdp=4"), "--search tries meshes, but --mesh names fsdp=4"),
         (("--topology", "cpu:4", "--batch", "6", "--quiet"), "data.batch_size / train.accumulate is 6; it must divide"),
         (("--topology", "cpu:4", "--mode", "decode", "--mesh", "data=4", "--quiet"), "batch_size is 1; it must divide"),
     ],
@@ -251,7 +297,7 @@ def test_a_mistake_is_one_sentence(words: tuple[str, ...], sentence: str) -> Non
 
 
 def test_what_is_no_recipe_can_not_be_planned() -> None:
-    with pytest.raises(UserError, match="a MeshConfig can not be planned; it needs model"):
+    with pytest.raises(UserError, match="a MeshConfig can not be planned; it is no recipe"):
         command.run(MeshConfig(), command.Request(["cpu:1"]))
 
 
@@ -334,6 +380,28 @@ def test_candidates_use_all_devices_and_divide(name: str, topology: str, mode: A
     assert len(keys) == len(found)
     order = [one.seconds / (one.job.batch_size or 1) for one in found]
     assert order == sorted(order)
+
+
+def test_what_a_search_of_training_prints_is_what_it_compiled() -> None:
+    """Batch, length and what the mesh says beside sizes are those of the candidate."""
+    config, place = load_config(TINY), parse_topology("v5e:2x2")
+    config = dataclasses.replace(config, mesh=MeshConfig(expert_over_data=True))
+    found = search.candidates(Job(config, "v5e:2x2", "train", length=128), place, (8, 64))
+    assert len({one.override() for one in found}) == len(found)
+    for one in found:
+        there = apply_overrides(config, one.override().split())
+        assert there.compute == one.job.config.compute
+        assert there.mesh == one.job.config.mesh
+        assert (there.data.batch_size, there.data.seq_len) == (one.job.batch_size, 128)
+    assert {one.job.batch_size for one in found} == {8, 64}
+
+
+def test_a_search_takes_rows_per_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "ask", lambda job, say, fresh: answer(mode="decode", batch_size=job.batch_size))
+    words = ("--topology", "v5e:2x2", "--mode", "decode", "--search", "--rows-per-chip", "3", "--length", "128")
+    code, said, _ = run(TINY, *words, "--quiet")
+    assert code == 0
+    assert said.count("--batch 12 --length 128") == said.count("--batch") > 1
 
 
 def test_what_fits_nowhere_is_said_before_anything_is_compiled() -> None:

@@ -16,13 +16,14 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import DENSE, V, graph, weights
+from models import ATTENTION, DENSE, V, graph, weights
 
 from dsjax.config import UserError
 from dsjax.data.batch import Batch
 from dsjax.data.tokenizer import train_tokenizer
-from dsjax.models.decoder import ComputeConfig, Decoder
-from dsjax.nn.masks import Documents
+from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig, LayerGroup
+from dsjax.nn.masks import Documents, Segmented
+from dsjax.nn.mlp import MLPConfig
 from dsjax.rl.preference import (
     Pair,
     PairBatch,
@@ -46,6 +47,8 @@ from dsjax.train.step import make_trainer
 
 END = 0
 SMALL = dataclasses.replace(DENSE, num_layers=1)
+CUT_ATTENTION = dataclasses.replace(ATTENTION, segmented=Segmented(4, 2, 1))
+CUT = dataclasses.replace(SMALL, groups=(LayerGroup(MLPConfig(d_ff=24), CUT_ATTENTION),))
 NAN = math.nan
 
 # ---------------------------------------------------------------- files
@@ -131,6 +134,11 @@ def test_rows_by_hand() -> None:
     assert row["tokens"].tolist() == [0, 5, 6, 7, 0, 0, 5, 8, 0, 0]
     assert row["document_ids"].tolist() == [1, 1, 1, 1, 1, 2, 2, 2, 2, 0]
     assert row["loss_weight"].tolist() == [0, 0, 0, 0, 0.5, 0, 0, 0, 0.5, 0]  # where the end was read
+    row = pair_row(pair, 12, END, ends=False, turn=8)
+    assert row_size(pair, ends=False, turn=8) == 11
+    assert row["tokens"].tolist() == [0, 5, 6, 7, 0, 0, 0, 0, 0, 5, 8, 0]
+    assert row["document_ids"].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 2, 2, 2, 0]
+    assert row["positions"].tolist() == [0, 1, 2, 3, 0, 0, 0, 0, 0, 1, 2, 0]
 
 
 def test_tokens_end_where_the_prompt_does() -> None:
@@ -141,21 +149,22 @@ def test_tokens_end_where_the_prompt_does() -> None:
     assert tokenizer.decode(found.rejected) == "return"
 
 
-def pair_batch(num: int = 8, T: int = 20, *, ends: bool = False, seed: int = 0) -> Any:
+def pair_batch(num: int = 8, T: int = 20, *, ends: bool = False, seed: int = 0, turn: int = 1) -> Any:
     """Random pairs, and what a reference says of them."""
     rng = np.random.default_rng(seed)
     draw = lambda low, high: tuple(rng.integers(1, V, rng.integers(low, high)).tolist())  # noqa: E731
     pairs = [TokenPair(draw(0, 4), draw(1, 6), draw(0, 6)) for _ in range(num)]
-    rows = [pair_row(pair, T, END, ends=ends) for pair in pairs]
+    rows = [pair_row(pair, T, END, ends=ends, turn=turn) for pair in pairs]
     fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     documents = Documents(fields["document_ids"], fields["positions"])
     plain = Batch(fields["tokens"], fields["targets"], fields["loss_weight"], documents)
     return pairs, plain, rng.normal(-10, 1, (num, 2)).astype(np.float32)
 
 
-def test_texts_of_a_row_are_read_as_if_alone() -> None:
-    pairs, batch, _ = pair_batch()
-    model = nnx.merge(graph(SMALL, loss_chunk=7), weights(SMALL))
+@pytest.mark.parametrize("cfg", [SMALL, CUT], ids=["whole", "segmented"])
+def test_texts_of_a_row_are_read_as_if_alone(cfg: DecoderConfig) -> None:
+    pairs, batch, _ = pair_batch(T=24, turn=cfg.turn)
+    model = nnx.merge(graph(cfg, loss_chunk=7), weights(cfg))
 
     @nnx.jit
     def in_rows(model: Decoder, batch: Batch) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from small_runs import ROOT, Child, changed, home, saved, saved_steps, small, state_hash, training_records
+from test_rewards import WORD, Given, Written
 
 import dsjax
 from dsjax.cli import main
@@ -23,6 +24,7 @@ from dsjax.models.decoder import DecoderConfig, LayerGroup
 from dsjax.nn.attention import AttentionConfig
 from dsjax.nn.lora import LoraConfig
 from dsjax.nn.mlp import MLPConfig
+from dsjax.rl.rewards import RewardConfig, Rewards
 from dsjax.runs import RunFolder
 from dsjax.train.optimizer import OptimConfig
 from dsjax.train.preference import REFERENCE, LabelConfig, PairsConfig, Preference, run
@@ -152,15 +154,58 @@ def test_a_damaged_reference_is_made_again(policy: pathlib.Path, tmp_path: pathl
         np.testing.assert_allclose(x, y, rtol=1e-5)  # eight threads
 
 
-def test_a_model_of_rewards_learns_what_is_preferred(tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "run"
+@functools.cache
+def model_of_rewards() -> pathlib.Path:
+    """A run that gives texts with an a in them more."""
+    folder = home() / "model_of_rewards"
     assert run(learning("reward", pairs={"held_out": str(pairs(seed=1))}), folder, quiet=True) == 0
+    return folder
+
+
+def test_a_model_of_rewards_learns_what_is_preferred() -> None:
+    folder = model_of_rewards()
     records, held_out = training_records(folder), evaluated(folder)
     assert records[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)  # its head begins with 0
     assert held_out[-1]["held_out_accuracy"] > 0.9
     assert held_out[-1]["held_out_chosen"] > held_out[-1]["held_out_rejected"]
     assert not (folder / REFERENCE).exists()
     assert "params/w_values" in saved(folder)[0]
+
+
+def test_a_model_of_rewards_gives_texts_what_it_gave_them_in_training() -> None:
+    model = dsjax.load(model_of_rewards())
+    given = [json.loads(line) for line in pairs(seed=1).read_text().splitlines()]
+    prompts, chosen = [line["prompt"] for line in given], [line["chosen"] for line in given]
+    chosen_N, rejected_N = model.rewards(prompts, chosen), model.rewards(prompts, [line["rejected"] for line in given])
+    # The same texts, where they were the second of a row and in other batches.
+    told = evaluated(model_of_rewards())[-1]
+    assert np.mean(chosen_N) == pytest.approx(told["held_out_chosen"], rel=1e-3)
+    assert np.mean(chosen_N - rejected_N) == pytest.approx(told["held_out_margin"], rel=1e-3)
+    np.testing.assert_allclose(model.rewards(prompts[:3], chosen[:3], batch_size=2), chosen_N[:3], rtol=1e-4)
+    assert model.rewards([], []).shape == (0,)
+    with pytest.raises(UserError, match="there are 1 prompts and 0 texts; each text has its own prompt"):
+        model.rewards(["b"], [])
+    with pytest.raises(UserError, match="batch_size is 0; it must be a whole number from 1"):
+        model.rewards([], [], batch_size=0)
+    with pytest.raises(UserError, match="a text has 102 tokens with its prompt; the model is meant for 40 positions"):
+        model.rewards(["b"], ["\u00e9" * 49 + "a"])
+    with pytest.raises(UserError, match="the model gives no rewards: it has no head for them"):
+        dsjax.load(base()).rewards([], [])
+
+
+def test_what_a_model_of_rewards_gives_is_a_part_of_rewards() -> None:
+    exercise, cfg = WORD, RewardConfig(correct=0.0, learned=0.5, model=str(model_of_rewards()))
+    texts = ("abcd", "bcde", "\ud800", "\u00e9" * 99)
+    with Rewards(cfg, {exercise.family: Given(exercise)}) as rewards:
+        found = rewards([exercise] * len(texts), [Written(text) for text in texts])
+    by_hand = dsjax.load(model_of_rewards()).rewards([exercise.prompt] * 2, texts[:2])
+    np.testing.assert_allclose(found.parts["learned"][:2], by_hand, rtol=1e-4)
+    assert found.total_N[0] > found.total_N[1]
+    np.testing.assert_array_equal(found.total_N, 0.5 * found.parts["learned"])
+    assert found.known_N.tolist() == [True, True, True, False]
+    assert set(found.reasons) == {"no answer"}
+    with pytest.raises(UserError, match=r"rewards\.model is .*, which gives no rewards; name there a run of"):
+        Rewards(dataclasses.replace(cfg, model=str(base())), {})
 
 
 def test_low_rank_pairs_learn_from_pairs(tmp_path: pathlib.Path) -> None:

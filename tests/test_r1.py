@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -16,13 +18,15 @@ from r1_runs import VARIANTS, config_file, r1
 from small_runs import Child, home, saved, state_hash, state_hash_or_none, training_records
 
 from dsjax.config import UserError, load_config, validate
+from dsjax.nn.structure import StructureConfig
 from dsjax.rl.arms import Arm
 from dsjax.rl.curriculum import Choice
 from dsjax.rl.exercises.config import ExercisesConfig, families_of
+from dsjax.rl.rewards import Rewards, Verdict
 from dsjax.sharding import MeshConfig
 from dsjax.train.course import Course
 from dsjax.train.practice import with_room
-from dsjax.train.r1 import byte_tokenizer, check, run
+from dsjax.train.r1 import byte_tokenizer, check, run, summary
 from dsjax.train.r1_report import named_levels, plot_solved, report_of
 from dsjax.train.writing import check_course, leaves_room
 
@@ -65,6 +69,43 @@ def test_a_run_is_three_and_a_report(tmp_path: pathlib.Path, capsys: pytest.Capt
     # Once more there is nothing to train, and the same report.
     assert run(config, tmp_path / "run", quiet=True) == 0
     assert json.loads((tmp_path / "run" / "report.json").read_text())["families"] == report["families"]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_told_the_structure_of_text_comes_to_its_report(tmp_path: pathlib.Path) -> None:
+    config = r1(warm_start={"steps": 1}, train={"steps": 1}, report={"control": True, "prompts": 2})
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, structure=StructureConfig()))
+    assert run(config, tmp_path / "run", quiet=True) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["families"]["reverse"].keys() == {"before", "after", "sft_control"}
+    assert iterations(tmp_path / "run")[0]["rl/log_prob_gap"] < 1e-5  # it is told the same where it writes and learns
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to set identical low and high ylims")  # the loss is 0 all along
+def test_it_goes_on_where_nothing_is_known(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if all that judges were down."""
+    config = r1(warm_start={"steps": 0}, train={"start_from": str(straight("grpo") / "warm_start")})
+    gone = Verdict(None, "infrastructure: a judge was ended by SIGKILL")
+    monkeypatch.setattr(Rewards, "verdicts", lambda self, exercises, answers: [gone] * len(exercises))
+    assert run(config, tmp_path / "run", reports=False) == 0
+    assert [(r["rl/unknown"], r["tokens"]) for r in iterations(tmp_path / "run")] == [(1, 0)] * 3
+    said = capsys.readouterr().err
+    assert "reward unknown  correct unknown  KL to the writer unknown  length " in said
+    assert "warning: 14% of the rewards are unknown, the limit is 10%: what judges the texts fails" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rl/kl": 0.25, "rl/kl_old": 0.5}, "reward 1.000  correct 50%  KL 0.250  length 3.0  phase 1"),
+        ({"rl/kl_old": 0.5}, "reward 1.000  correct 50%  KL to the writer 0.500  length 3.0  phase 1"),
+        ({"rl/kl": math.nan}, "reward 1.000  correct 50%  KL unknown  length 3.0  phase 1"),
+    ],
+)
+def test_an_iteration_in_some_words(values: dict[str, float], sentence: str) -> None:
+    assert summary({"rl/reward": 1.0, "rl/correct": 0.5, "rl/length": 3.0, "curriculum/phase": 1} | values) == sentence
 
 
 def test_a_report_of_levels_that_nothing_is_known_of_is_written_all_the_same(tmp_path: pathlib.Path) -> None:

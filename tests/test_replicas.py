@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 import shutil
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from models import ATTENTION, V, graph, random_tokens, weights
 from small_runs import changed, saved, small_moe, training_records
 from test_sharding import random_batch, small
@@ -20,6 +22,8 @@ from dsjax.config import UserError, apply_overrides
 from dsjax.infer.engine import _generator
 from dsjax.infer.hot_experts import measured_loads, with_replicas
 from dsjax.models.decoder import DecoderConfig, LayerGroup
+from dsjax.models.multi_token import MultiTokenConfig
+from dsjax.nn.masks import Documents
 from dsjax.nn.moe import MoEConfig
 from dsjax.nn.placement import MEMORY, Placement, device_loads, place_replicas, placed_anew, slots_at_home
 from dsjax.sharding import MeshConfig, make_mesh
@@ -88,11 +92,14 @@ def test_placing_anew_goes_by_the_loads_of_each_layer() -> None:
     load_LE = np.array([[90, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 50, 40]], np.float32)
     ffn = {"replicas": jnp.zeros((2, 4)), "mean_load": jnp.asarray(load_LE)}
     other = {"ffn": {"selection_bias": jnp.ones(3)}}
-    found = placed_anew({"group_0": other, "group_1": {"ffn": ffn}}, 4)
+    further = {"critic": {"group_1": {"ffn": ffn}}, "multi_token": {"block": {"ffn": ffn}}}
+    found = placed_anew({"group_0": other, "group_1": {"ffn": ffn}, **further}, 4)
     assert found["group_0"] == other
     assert (ffn["replicas"] == 0).all()
     replicas_LR = np.asarray(found["group_1"]["ffn"]["replicas"])
     np.testing.assert_array_equal(replicas_LR, place_replicas(load_LE, 4, 4))
+    for placed in (found["critic"]["group_1"], found["multi_token"]["block"]):
+        np.testing.assert_array_equal(placed["ffn"]["replicas"], replicas_LR)
     assert replicas_LR[0].tolist() == [0, 0, 0, 0]
     for load_E, replicas_R in zip(load_LE, replicas_LR, strict=True):
         slots_P = np.asarray(slots_at_home(jnp.asarray(replicas_R, jnp.int32), 8, 4))
@@ -156,7 +163,8 @@ def test_decoding_with_replicas_has_the_logits_without_and_sends_no_weight(rows:
     loads = measured_loads(graph(MODEL), variables, PROMPTS, IDS)
     assert loads["group_0"].shape == (2, 4)
     assert loads["group_0"].sum(axis=1).tolist() == [2 * IDS.sum()] * 2  # of the prompts alone: two experts a token
-    model, placed = with_replicas(graph(MODEL), variables, loads, num_replicas=4, num_devices=4)
+    # Made for two devices, and the same on four.
+    model, placed = with_replicas(graph(MODEL), variables, loads, num_replicas=4, num_devices=2)
     assert placed["group_0"]["ffn"]["w_gate"].shape[:2] == (2, 8)
     want, _ = decoded(graph(MODEL), variables, "data=1", rows)
     got, text = decoded(model, placed, "data=2,expert=4", rows)
@@ -171,9 +179,55 @@ def test_decoding_fetches_the_weights_of_replicas_that_were_not_placed() -> None
     variables = weights(MODEL)
     loads = measured_loads(graph(MODEL), variables, PROMPTS, IDS)
     model, placed = with_replicas(graph(MODEL), variables, loads, num_replicas=4, num_devices=4)
-    only = {name: placed["group_0"]["ffn"][name] for name in ("replicas", "mean_load")}
+    replicas_LR = jnp.asarray(place_replicas(loads["group_0"], 4, 4), jnp.float32)
+    only = {"replicas": replicas_LR, "mean_load": placed["group_0"]["ffn"]["mean_load"]}
     unplaced = variables | {"group_0": variables["group_0"] | {"ffn": variables["group_0"]["ffn"] | only}}
     got, text = decoded(model, unplaced, "data=2,expert=4", 8)
     want, _ = decoded(graph(MODEL), variables, "data=1", 8)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
     assert "reduce-scatter" in text
+
+
+SPECULATIVE = dataclasses.replace(MODEL, multi_token=MultiTokenConfig(1), values="decoder")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(definition: Any, variables: Any) -> list[jax.Array]:
+    """Of the prompts, and of the module that drafts."""
+    model, tokens_BT = nnx.merge(definition, variables), jnp.asarray(PROMPTS)
+    out = model(tokens_BT)
+    return [out.hidden_BTD, *model.further_hidden(out, tokens_BT, Documents.single(tokens_BT))[0]]
+
+
+def test_a_layout_is_the_same_model_on_other_devices_and_again_for_other_loads() -> None:
+    """Made for two devices, run on one; then made anew. The model drafts, and has a critic in training."""
+    variables = weights(SPECULATIVE)
+    load_LE = np.array([[90, 1, 1, 1], [1, 1, 50, 40]])
+    once = with_replicas(graph(SPECULATIVE), variables, {"group_0": load_LE}, num_replicas=4, num_devices=2)
+    assert once[1]["multi_token"]["block"]["ffn"]["replicas"].shape == (1, 8)
+    again = with_replicas(*once, {"group_0": load_LE[:, ::-1]}, num_replicas=2, num_devices=1)
+    assert again[1]["group_0"]["ffn"]["replicas"].tolist() == [[0, 1, 2, 3, 3, 3], [0, 1, 2, 3, 1, 0]]
+    for got, right in zip(hidden(*once), hidden(graph(SPECULATIVE), variables), strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+    for _, placed in (once, again):
+        for ffn_of in (lambda x: x["group_0"]["ffn"], lambda x: x["multi_token"]["block"]["ffn"]):
+            slots_LP = np.asarray(ffn_of(placed)["replicas"], int)
+            want = np.take_along_axis(np.asarray(ffn_of(variables)["w_up"]), slots_LP[..., None, None], axis=1)
+            np.testing.assert_array_equal(ffn_of(placed)["w_up"], want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_replicas": 0}, "num_replicas is 0; it must be at least 1"),
+        ({"num_devices": 0}, "num_devices is 0; it must be at least 1"),
+        ({"num_devices": 3}, "num_replicas is 4; it must divide over 3 devices"),
+        ({"loads": {"group_7": np.ones((2, 4))}}, "loads has group_7; the groups of experts are: group_0"),
+        ({"loads": {"group_0": np.ones((2, 8))}}, r"loads\[group_0\] has shape \(2, 8\); .* of it are \(2, 4\)"),
+        ({"loads": {"group_0": np.ones((1, 4))}}, r"loads\[group_0\] has shape \(1, 4\); .* of it are \(2, 4\)"),
+    ],
+)
+def test_a_layout_that_does_not_go_with_the_model_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    given = {"loads": {"group_0": np.ones((2, 4))}, "num_replicas": 4, "num_devices": 4} | changes
+    with pytest.raises(UserError, match=sentence):
+        with_replicas(graph(MODEL), weights(MODEL), **given)

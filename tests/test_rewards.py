@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks import rewards as benchmark
 from dsjax import hosts
 from dsjax.config import UserError, apply_overrides, validate
-from dsjax.rl.answers import boxed, normalised, reaches, unmarked, whole_number
+from dsjax.rl.answers import boxed, normalised, reaches, unmarked, whole_number, words
 from dsjax.rl.exercises import AnswerForm, Exercise, ExercisesConfig, Family, FamilyConfig, draw, families_of
 from dsjax.rl.rewards import RewardConfig, Rewards, Verdict, answer_of, at_once, shortness
 
@@ -286,6 +286,35 @@ def test_sentences_around_numbers_are_judged_here() -> None:
             assert at_once(dataclasses.replace(SUM, answer=right), answer) == Verdict(1.0), (right, text)
 
 
+@pytest.mark.parametrize(
+    ("right", "text", "score"),
+    [
+        ("no", "no.", 1),
+        ("no", "No", 1),
+        ("no", "on", 0),
+        ("no", "n o", 0),
+        ("no", "So it is \\boxed{\\text{no}}", 1),
+        ("no", "\\boxed{\\text{on}}", 0),
+        ("no", "$no$", 1),
+        ("no", "0", 0),
+        ("\\text{no}", "no", 1),
+        ("New York", "new  york", 1),
+        ("Tom, Mary", "Mary, Tom", 1),
+        ("Tom, Mary", "Tom, yarM", 0),
+        ("A dollar", "7", 0),  # without its currency it is a variable
+    ],
+)
+def test_words_are_right_as_they_are_spelt(right: str, text: str, score: float) -> None:
+    exercise = dataclasses.replace(SUM, answer=right, scorer="words")
+    verdict = at_once(exercise, answer_of(exercise, Written(text), AnswerForm("")))
+    assert verdict == Verdict(score)
+
+
+@pytest.mark.parametrize("text", ["x", "x y", "2", "ab+c", "\\pi", "f(xy)", "", "\ud800", "\\text{", "$", ","])
+def test_what_is_no_word(text: str) -> None:
+    assert words(text) is None
+
+
 def test_a_long_answer_is_looked_at_where_the_right_one_is_unknown() -> None:
     unknown = dataclasses.replace(SUM, scorer="gym", answer="")
     assert at_once(unknown, "x" * 5000) is None
@@ -295,7 +324,7 @@ def test_a_long_answer_is_looked_at_where_the_right_one_is_unknown() -> None:
 
 @given(st.text())
 def test_no_text_breaks_what_is_judged_here(text: str) -> None:
-    for exercise in (WORD, SUM, REACH):
+    for exercise in (WORD, SUM, REACH, dataclasses.replace(WORD, scorer="words")):
         verdict = at_once(exercise, text)
         assert verdict is None or verdict.share in (0, 1)
     boxed(text)
@@ -396,6 +425,8 @@ def test_a_program_gets_the_share_of_its_tests() -> None:
         ("correct=-1", "correct is -1.0; it must be a number >= 0"),
         ("correct=nan", "correct is 'nan'; it must be a number"),
         ("length_from=6", "length_from is 6; it must be below length_to, 6"),
+        ("learned=1", "learned is 1, and model ''; a model of rewards takes a weight and the folder of its run"),
+        ("model=runs/reward", "learned is 0, and model 'runs/reward'; a model of rewards takes a weight"),
         ("workers=0", "workers is 0; it must be an integer >= 1"),
         ("seconds=0", "seconds is 0.0; it must be a number > 0"),
         ("formatt=1", "unknown key formatt; did you mean format?"),
@@ -408,7 +439,7 @@ def test_a_wrong_config_is_one_sentence(override: str, sentence: str) -> None:
 
 
 def test_something_must_be_worth_something() -> None:
-    with pytest.raises(UserError, match="correct, partial, format and work are 0"):
+    with pytest.raises(UserError, match="correct, partial, format, work and learned are 0"):
         validate(RewardConfig(correct=0.0, length=1.0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import types
@@ -15,11 +16,15 @@ from hypothesis import strategies as st
 from r1_runs import r1
 
 from dsjax.config import UserError
+from dsjax.data.structure.stored import scanner
 from dsjax.data.tokenizer import train_tokenizer
-from dsjax.evals.solved import Solved, solved
+from dsjax.evals.solved import Solved, prompt_tokens, solved
 from dsjax.infer.sampling import SamplingConfig
+from dsjax.models.decoder import DecoderConfig
+from dsjax.nn.fields import NUM_FIELDS
+from dsjax.nn.structure import StructureConfig
 from dsjax.rl.curriculum import Choice
-from dsjax.rl.exercises.config import families_of
+from dsjax.rl.exercises.config import ExercisesConfig, FamilyConfig, families_of
 from dsjax.rl.exercises.exercise import Exercise, draw
 from dsjax.rl.rollout import Rollout, Sampler
 from dsjax.train.course import Course, Worth, Written, metrics_of
@@ -48,6 +53,26 @@ def test_prompts_are_read_and_solutions_learned() -> None:
     assert [document.text for document in corpus.held_out] == ["dd"]
     assert corpus.report.num_training == 2
     assert corpus.fingerprint != exercise_corpus(TOKENIZER, [exercise("ba\n", "ba"), exercise("c", "c")]).fingerprint
+
+
+@pytest.mark.parametrize("layout", [False, True])
+def test_a_solution_is_read_behind_its_prompt(layout: bool) -> None:
+    """Where tokens say how lines are indented relative to those in front, and where a model is told their structure."""
+    family = families_of(ExercisesConfig(families=(FamilyConfig("program/list"),)))["program/list"]
+    training = draw(family, 2, "training", seed=0, num=4)
+    texts = [e.prompt + e.solution for e in training]
+    tokenizer = train_tokenizer(texts, 400, layout=layout)
+    config = dataclasses.replace(Pretrain(data=r1().data), model=DecoderConfig(structure=StructureConfig()))
+    _, corpus, _ = material(tokenizer, training, training, None, config, lambda text: None)
+    (store,), at_start = corpus.stores, scanner("python", tokenizer)
+    told = np.asarray(store.features).reshape(-1, NUM_FIELDS)
+    for number, (begin, end) in enumerate(itertools.pairwise(store.offsets.tolist())):
+        tokens, learned = np.asarray(store.tokens[begin:end]), np.asarray(store.weights[begin:end]) > 0
+        assert tokenizer.decode(tokens[learned], behind=tokens[~learned]) == training[number].solution
+        assert tuple(tokens[~learned].tolist()) == prompt_tokens(tokenizer, training[number])[1:]
+        np.testing.assert_array_equal(told[begin:end], at_start.copy().scan(tokens))
+        held_out = corpus.held_out[number]
+        np.testing.assert_array_equal(held_out.features_TC, at_start.copy().scan(held_out.ids))
 
 
 def test_a_run_learns_as_many_tokens_as_it_is_told() -> None:

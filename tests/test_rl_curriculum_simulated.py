@@ -172,9 +172,8 @@ def test_what_is_written_to_metrics_is_what_is_drawn(tmp_path: pathlib.Path) -> 
     records, phases = course(steps=12)
     log = MetricsLog(tmp_path)
     for record in records:
-        log.write(
-            record["step"], {name: value for name, value in record.items() if name != "step"} | {"loss": math.nan}
-        )
+        values = {name: value for name, value in record.items() if name != "step"}
+        log.write(record["step"], values | {"loss": math.nan, "tokens_seen": 0, "seconds": 0.0})
     log.close()
     plot_course(read_metrics(log.path), tmp_path / "read.png", phases=phases)
     plot_course(records, tmp_path / "told.png", phases=phases)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from routed_runs import job, random_batch, routed_by
-from small_runs import changed, small_moe, training_records
+from small_runs import changed, small, small_moe, training_records
 
+from dsjax.models.multi_token import MultiTokenConfig
 from dsjax.nn.routing_losses import EntropyConstraint
 from dsjax.train import alarms, loop, pretrain
 from dsjax.train.alarms import CollapseAlarm, spread
@@ -75,6 +76,16 @@ def test_groups_are_apart_and_what_can_not_collapse_is_left_out() -> None:
         assert alarm.observe({"loss": 1.0}) == []  # another loss function
     assert len(said) == 1
     assert "group_2" in said[0]
+
+
+def test_modules_and_a_critic_are_followed_under_the_names_that_are_logged() -> None:
+    config = changed(small_moe(), model={"multi_token": MultiTokenConfig(), "values": "decoder"})
+    followed = pretrain.routed(config.model)
+    assert list(followed) == ["group_1", "multi_token", "critic/group_1"]
+    mesh, trainer = pretrain.build(config, jax.devices()[:1])
+    logged = jax.eval_shape(trainer.step, trainer.shapes, config.step_batch(mesh), jnp.int32(8))[1]
+    assert {f"router/{name}/min_load_entropy" for name in ("group_1", "multi_token")} <= logged.keys()
+    assert list(pretrain.routed(small().model)) == []
 
 
 # ---------------------------------------------------------------- small training runs

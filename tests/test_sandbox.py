@@ -162,6 +162,41 @@ def check(candidate):
     assert (verdict.passed, verdict.tests_passed, verdict.tests_total) == (False, 1, 3)
 
 
+ARRIVES = [  # what is done, and what is true of what comes of it
+    ("raise KeyError('k')", "type(e) is KeyError and e.args == ('k',) and str(e) == \"'k'\""),
+    ("{}[1, 2]", "e.args == ((1, 2),)"),
+    ("raise ValueError", "e.args == ()"),
+    ("raise ValueError('a', [2])", "e.args == ('a', [2])"),
+    ("raise SyntaxError('bad x')", "str(e) == 'bad x'"),
+    ("raise SystemExit(3)", "e.code == 3"),
+    ("raise FileNotFoundError(2, 'no')", "type(e) is FileNotFoundError and (e.errno, e.strerror) == (2, 'no')"),
+    ("b'\\xff'.decode()", "type(e) is UnicodeDecodeError and e.object == b'\\xff' and 'codec' in str(e)"),
+    ("raise Own(7)", "type(e) is LookupError and e.args == ('of its own: 7',)"),
+    ("raise OSOwn(2, 'no')", "type(e) is OSError and 'no' in str(e)"),
+    ("raise Liar('x')", "e.args == ('x',)"),
+    ("raise ValueError(object())", "'object object' in str(e)"),
+    ("raise ValueError('x' * 10**6)", "str(e) == 'x' * 1000"),
+]
+
+
+def test_an_exception_arrives_with_its_arguments(sandbox: Sandbox) -> None:
+    code = """
+class Own(LookupError):
+    def __str__(self): return f"of its own: {self.args[0]}"
+class OSOwn(OSError): pass
+class Liar(ValueError):
+    args = property(lambda self: ("y",))
+def add(i):
+"""
+    code += "".join(f"    if i == {i}: {action}\n" for i, (action, _) in enumerate(ARRIVES))
+    check = "def check(candidate):\n" + "".join(
+        f"    try: candidate({i})\n    except BaseException as e: assert {told}, {i}\n    else: assert False, {i}\n"
+        for i, (_, told) in enumerate(ARRIVES)
+    )
+    verdict = one(sandbox, code, check)
+    assert (verdict.reason, verdict.tests_passed) == ("passed", len(ARRIVES))
+
+
 def test_assertions_are_counted(sandbox: Sandbox) -> None:
     check = """
 import random

@@ -102,7 +102,14 @@ def test_a_reply_that_is_none_ends_it(reply: Any, reason: str) -> None:
 
 @pytest.mark.parametrize(
     "raised",
-    [{}, {"raised": []}, {"raised": 3, "text": ""}, {"raised": ["ValueError"], "text": 3}, {"raised": [3], "text": ""}],
+    [
+        {},
+        {"raised": []},
+        {"raised": 3, "text": ""},
+        {"raised": ["ValueError"], "text": 3},
+        {"raised": [3], "text": ""},
+        {"raised": ["ValueError"], "text": "", "arguments": "a"},
+    ],
 )
 def test_an_exception_that_is_none_ends_it(raised: dict[str, Any]) -> None:
     program = Program(
@@ -121,6 +128,17 @@ def test_every_exception_of_pythons_arrives_as_itself() -> None:
                 assert (type(error), own) == (kind, "Own")
         error, own = remote.exception({"raised": ["<b>" * 100, "NoSuchError"], "text": "why"})
         assert (type(error), own, str(error)) == (Exception, "Exception", "why")
+
+
+@pytest.mark.parametrize("start", [-(10**15), 10**15, 0])
+def test_no_exception_reads_beyond_what_it_quotes(start: int) -> None:
+    """Python's own would end this process."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        arguments = ["utf-8", b"", start, start + 1, "why"]
+        told = {"raised": ["UnicodeDecodeError"], "text": "why", "arguments": arguments}
+        error, _ = Remote(ours, [1.0]).exception(told)
+        assert (type(error), str(error)) == (UnicodeDecodeError, "")
 
 
 @pytest.mark.parametrize("name", ["StopIteration", "StopAsyncIteration", "GeneratorExit"])
@@ -216,6 +234,12 @@ def check(candidate):
     assert checks.modules == ["math"]
     assert checks.foreign == ["double", "root"]
     assert checks.least_total == 1
+
+
+def test_a_name_is_a_module_where_something_is_taken_from_it() -> None:
+    checks = Checks("def check(candidate):\n    assert candidate(array(queue, math)) == [math.pi, token.x, token]\n")
+    assert checks.modules == ["math", "token"]
+    assert checks.foreign == ["array", "queue"]
 
 
 @pytest.mark.parametrize("source", ["", "x = 1", "class check: pass", "def f():\n    def check(c): pass"])

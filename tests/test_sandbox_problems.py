@@ -37,6 +37,13 @@ PAIRS = {  # as number 601: the tests make objects of the program's, and give th
     "test_setup_code": "",
     "test_list": ["assert longest([Pair(5, 24), Pair(15, 25), Pair(27, 40), Pair(50, 60)], 4) == 3"],
 }
+QUEUE = {  # two names of modules
+    "task_id": 9,
+    "text": "Write a function to find the largest number.",
+    "code": "def largest(x):\n    return max(x)",
+    "test_setup_code": "array = [3, 1]\ndef queue(n):\n    return list(range(n))",
+    "test_list": ["assert largest(array) == 3", "assert largest(queue(3)) == 2"],
+}
 SANITIZED = {
     "source_file": "Benchmark Questions Verification V2.ipynb",
     "task_id": 8,
@@ -72,7 +79,7 @@ def written(folder: pathlib.Path, *lines: dict[str, Any], name: str = "problems.
     return path
 
 
-@pytest.mark.parametrize("fields", [HUMANEVAL, MBPP, PAIRS, SANITIZED, PLAIN, BEGUN])
+@pytest.mark.parametrize("fields", [HUMANEVAL, MBPP, PAIRS, QUEUE, SANITIZED, PLAIN, BEGUN])
 def test_solutions_pass_and_nothing_else_does(sandbox: Sandbox, tmp_path: pathlib.Path, fields: dict[str, Any]) -> None:
     (problem,) = read_problems(written(tmp_path, fields))
     head = "" if problem.prefix else f"def {problem.entry_point}(*a):\n"

@@ -13,6 +13,7 @@ from flax import nnx
 from dsjax.nn.attention import Attention, AttentionConfig
 from dsjax.nn.masks import ByHead, Documents, Segmented
 from dsjax.nn.rope import rope_angles
+from dsjax.nn.row_attention import whole_segments
 from dsjax.sharding import MeshConfig, make_mesh, use_mesh
 from pallas_kernels.segmented_attention import Segments, segmented_attention
 
@@ -81,26 +82,28 @@ def test_each_head_attends_with_its_own_shift(kv_heads: int, window: int, top: i
 
 
 @pytest.mark.parametrize(
-    ("heads", "mesh"),
+    ("heads", "mesh", "length"),
     [
-        (4, {"tensor": 2}),
-        (4, {"tensor": 4, "context": 2}),
-        (12, {"tensor": 2, "fsdp": 2}),
-        (12, {"tensor": 4}),
-        (6, {"tensor": 2, "context": 2}),
-        (8, {"tensor": 2}),
+        (4, {"tensor": 2}, 40),
+        (4, {"tensor": 4, "context": 2}, 40),  # rows are gathered: 20 positions are no whole segments
+        (12, {"tensor": 2, "fsdp": 2}, 40),
+        (12, {"tensor": 4}, 40),
+        (6, {"tensor": 2, "context": 2}, 40),
+        (8, {"tensor": 2}, 40),
+        (4, {"tensor": 4, "context": 2}, 64),
+        pytest.param(6, {"tensor": 2, "context": 4}, 64, marks=pytest.mark.slow),
     ],
 )
-def test_devices_that_share_heads_out_have_the_shifts_of_their_own(heads: int, mesh: dict) -> None:
+def test_devices_that_share_heads_out_have_the_shifts_of_their_own(heads: int, mesh: dict, length: int) -> None:
     """A device has two of the four shifts, one, two of three heads each, one of three heads, three, or two of two."""
     layer = attention(heads, 2)
-    x_BTD = jax.random.normal(jax.random.key(1), (4, 40, D))
-    ids_BT = jnp.ones((4, 40), jnp.int32)
+    x_BTD = jax.random.normal(jax.random.key(1), (4, length, D))
+    ids_BT = jnp.asarray([[1] * 25 + [2] * (length - 25), [1] * (length - 7) + [0] * 7] * 2)
 
     def loss(w_q, x_BTD):
         graph, state = nnx.split(layer)
         state["w_q"] = state["w_q"].replace(w_q)
-        positions_BT = jnp.broadcast_to(jnp.arange(40), ids_BT.shape)
+        positions_BT = jnp.broadcast_to(jnp.arange(length), ids_BT.shape)
         rope = rope_angles(positions_BT, H, 10_000.0)
         documents = Documents(ids_BT, positions_BT)
         y = nnx.merge(graph, state)(x_BTD, documents=documents, positions_BT=positions_BT, rope=rope)[0]
@@ -109,6 +112,8 @@ def test_devices_that_share_heads_out_have_the_shifts_of_their_own(heads: int, m
     want = jax.jit(jax.value_and_grad(loss, (0, 1)))(layer.w_q[...], x_BTD)
     num = int(np.prod(list(mesh.values())))
     with use_mesh(make_mesh(MeshConfig(**mesh), jax.devices()[:num])):
+        whole = length % (8 * mesh.get("context", 1)) == 0
+        assert whole_segments(layer.cfg.mask(0), length) == (("context",) if "context" in mesh and whole else ())
         got = jax.jit(jax.value_and_grad(loss, (0, 1)))(layer.w_q[...], x_BTD)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want)
 

@@ -395,6 +395,7 @@ def test_records_come_back(tmp_path) -> None:
     ("line", "said"),
     [
         ("{", "t.jsonl:1: not a line of JSON"),
+        ("[" * 100_000, "t.jsonl:1: not a line of JSON"),
         ("[]", "t.jsonl:1: a JSON object"),
         ('{"name": 3}', "t.jsonl:1: 'name' must be a str"),
     ],

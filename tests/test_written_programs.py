@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import pathlib
@@ -23,6 +24,7 @@ from dsjax.evals.written_programs import (
     whole,
 )
 from dsjax.infer.batching import Engine
+from dsjax.infer.grammar.reader import Reader
 from dsjax.infer.requests import Request
 from dsjax.loaded import load
 from dsjax.rl.completions import cut_program, docstring, program_of
@@ -64,8 +66,31 @@ def test_a_text_that_was_cut_loses_its_last_line() -> None:
     assert cut_program("x = 1\ny = 22", ended=True) == "x = 1\ny = 22"
 
 
+@pytest.mark.parametrize("quote", ['"""', "'''"])
+def test_a_string_ends_no_program(quote: str) -> None:
+    text = f"X = {quote}\nassert\nprint\n{quote}\ndef f(x):\n    return X\n"
+    assert cut_program(f"{text}{quote}\nThe next problem", ended=True) == text
+
+
 def test_what_begins_no_function_is_asked_in_a_docstring() -> None:
     assert docstring(ADD) == '"""\nWrite a function to add two numbers.\nassert candidate(2, 3) == 5\n"""\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"digits, as \d+", r"C:\users", "ends with \\", 'a """ b', "a ''' b", "''' \"\"\" ''''''", "\\'''\\\"\"\"", 'a"'],
+)
+def test_any_text_makes_a_docstring(text: str) -> None:
+    """Which the grammar takes, too."""
+    made, reader = docstring(dataclasses.replace(ADD, text=text)), Reader()
+    assert reader.read(reader.start, made.encode()) is not None
+    shown = ast.literal_eval(made)
+    assert shown.split("\n")[1] in (text, text.replace("'''", r"\'\'\'"))
+
+
+def test_a_docstring_shows_an_assertion_of_any_depth() -> None:
+    deep = "assert candidate(2, 3) == " + " + ".join("1" * 600)
+    assert deep in docstring(dataclasses.replace(ADD, tests=f"def check(candidate):\n    {deep}\n"))
 
 
 def test_solutions_pass_and_others_do_not(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

@@ -240,7 +240,8 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     if kind == "linear":
         return theta, LinearScaling(rope.number("factor", kind=float))
     longest = longest_text(hf)
-    original = rope.number("original_max_position_embeddings", longest)
+    name = "original_max_position_embeddings"  # where it stands beside the others, transformers goes by that
+    original = fields.number(name, rope.number(name, longest))
     if kind == "yarn":
         return theta, YarnScaling(
             factor=rope.number("factor", longest / max(original, 1), float),
@@ -259,6 +260,35 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
 
 
 # ---------------------------------------------------------------- and back
+
+
+def describes(hf: Mapping[str, Any], tensors: Container[str], config: DecoderConfig) -> bool:
+    """Whether a config.json describes a model; what only training uses may be anything.
+
+    Args:
+        hf, tensors: as :func:`config_from_hf` is given them.
+        config: the model.
+
+    Raises:
+        UserError: it is another one, and no family of Hugging Face's can express it.
+    """
+    there = config_from_hf(hf, tensors)
+    if config == there:
+        return True
+    own, other = (hf_config(model, max_length=1) for model in (config, there))
+    return own | {"aux_loss_alpha": 0} == other | {"aux_loss_alpha": 0}  # the weight of a loss
+
+
+def meant_length(hf: Mapping[str, Any], config: DecoderConfig, trained: int) -> int:
+    """The positions that a model is meant for which began as the one of a config.json.
+
+    Those stated there while its rotary angles are as they were; else the ``trained`` ones that it has learned from.
+    """
+    now, before = (
+        {(g.attention.rope_theta, g.attention.rope_scaling) for g in model.groups}
+        for model in (config, config_from_hf(hf))
+    )
+    return longest_text(hf) if now == before else trained
 
 
 def hf_config(config: DecoderConfig, *, max_length: int, end_ids: tuple[int, ...] = (), dtype: str = "float32") -> dict:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsjax.config import UserError
@@ -20,6 +20,18 @@ FILE = ".converting.jsonl"
 def identity(facts: Any) -> str:
     """A text that is the same for the same work."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _entries(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    """What the lines of a journal say, up to the first that is damaged: what it stands for is done once more."""
+    for line in lines:
+        try:
+            entry = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(entry, dict):
+            return
+        yield entry
 
 
 class Journal:
@@ -55,16 +67,16 @@ class Journal:
         self._thread.start()
 
     def _take_up(self, work: str) -> None:
-        self._file.seek(0)
-        lines = self._file.read().split("\n")[:-1]  # behind the last line break is what a killed process left
-        if lines and json.loads(lines[0]) != {"work": work}:
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # behind the last line break is what a killed process left
+        entries = list(_entries(lines))
+        if lines and entries[:1] != [{"work": work}]:
             self._file.close()
             raise UserError(
                 f"{self.path.parent} holds half of another conversion (another source, other options or another"
-                " version); remove the folder, or convert into another one"
+                f" version), or its {FILE} is damaged; remove the folder, or convert into another one"
             )
-        self.done = {name: entry for line in lines[1:] for name, entry in json.loads(line).items()}
-        self._file.truncate(sum(len(line.encode()) + 1 for line in lines))
+        self.done = {name: entry for found in entries[1:] for name, entry in found.items()}
+        self._file.truncate(sum(len(line) + 1 for line in lines[: len(entries)]))
         if not lines:
             self._file.write(json.dumps({"work": work}) + "\n")
             self._file.flush()

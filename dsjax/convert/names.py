@@ -107,7 +107,7 @@ REPEATED = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.hea
 TABLES_OF_ANGLES = re.compile(r"\d+\.self_attn\.rotary_emb\.inv_freq")
 FLOATS = ("float32", "bfloat16", "float16")
 # Variables that only training uses, which no file has.
-ONLY_TRAINING = ("ffn/entropy_multipliers",)
+ONLY_TRAINING = ("ffn/entropy_multipliers", "ffn/replicas", "ffn/mean_load")
 
 
 def pairs_are_neighbours(hf_config: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -79,8 +79,8 @@ class HFFolder:
     def other_files(self) -> tuple[list[str], list[str]]:
         """The files that are to be kept as they are, and those that are left out since they are pickled weights."""
         weights = {shard.name for shard in self.shards}
-        names = [n for n in manifest.files_of(self.path) if n not in weights and (self.path / n).is_file()]
-        names += [path.name for path in self.path.iterdir() if path.name.startswith(".") and path.is_file()]
+        every = manifest.files_of(self.path, hidden=True)
+        names = [n for n in every if n not in weights and (self.path / n).is_file()]
         if (self.path / manifest.FILE).is_file():
             names.append(manifest.FILE)
         return sorted(n for n in names if not n.endswith(PICKLED)), sorted(n for n in names if n.endswith(PICKLED))
@@ -93,9 +93,9 @@ class HFFolder:
 
 
 def kept_as(name: str) -> str:
-    """Where in ``hf/`` a file is kept: not under a hidden name, which a manifest does not list."""
-    name = name.replace("%", "%25")
-    return f"files/%2E{name[1:]}" if name.startswith(".") else f"files/{name}"
+    """Where in ``hf/`` a file is kept: under a name that a manifest may have, so not a hidden one."""
+    plain = (c if c.isprintable() and c not in "%:\\" else quote(c, errors="surrogateescape") for c in name)
+    return f"files/{''.join(plain)}".replace("/.", "/%2E")
 
 
 def header_of(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Any = None) -> bytes:
@@ -161,6 +161,12 @@ def write_tensors(path: pathlib.Path, names: Iterable[str], tensors: TensorFiles
 class Origin:
     """What a run keeps of the folder that it comes from, its content verified.
 
+    Attributes:
+        headers: of the files of weights, by their names.
+        kept: what was in them and is not the model's.
+        tensors: the names of all tensors.
+        config: the fields of config.json.
+
     Raises:
         UserError: it is damaged.
     """
@@ -174,14 +180,13 @@ class Origin:
             raise UserError(f"{folder} is damaged: {error}") from None
         self.headers = {name.removeprefix("headers/"): (folder / name).read_bytes() for name in self._below("headers/")}
         self.kept = {name: TensorFiles(folder / name) for name in self._below("kept/")}
+        self.tensors = frozenset(name for header in self.headers.values() for name in entries_of(header)[0])
+        self.config: dict[str, Any] = read_json(self.files()[CONFIG])
 
     def _below(self, prefix: str) -> list[str]:
         return sorted(name for name in self.about["files"] if name.startswith(prefix))
 
     def files(self) -> dict[str, pathlib.Path]:
         """Every file but weights, by the name that it had."""
-        return {unquote(name.removeprefix("files/")): self.folder / name for name in self._below("files/")}
-
-    def has(self, name: str) -> bool:
-        """Whether a tensor of that name was in the folder."""
-        return any(name in entries_of(header)[0] for header in self.headers.values())
+        names = {name: name.removeprefix("files/") for name in self._below("files/")}
+        return {unquote(kept, errors="surrogateescape"): self.folder / name for name, kept in names.items()}

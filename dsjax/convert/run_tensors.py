@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from dsjax import manifest
-from dsjax.config import UserError, read_json
-from dsjax.convert.families import hf_config
+from dsjax.config import UserError
+from dsjax.convert.families import describes, hf_config, meant_length
 from dsjax.convert.fp8 import BF16, FP8, SCALE, block_size, dequantize, has_powers_of_two, quantize, scales_for
 from dsjax.convert.merged import MergedArrays
 from dsjax.convert.names import copies_of, places, variables_of
-from dsjax.convert.origin import CONFIG, FOLDER, Origin
+from dsjax.convert.origin import FOLDER, Origin
 from dsjax.convert.store import StoredArrays
 from dsjax.data.tokenizer import load_tokenizer
 from dsjax.manifest import Damaged
@@ -30,8 +30,14 @@ class RunTensors:
     Args:
         run: the run.
 
+    Attributes:
+        origin: the folder that the run was converted from, if its model is still the one of that folder.
+        files: that folder's files but weights, in any case.
+        hf_config: config.json, that folder's or a new one.
+
     Raises:
-        UserError: there is no checkpoint that verifies, or it is not the model of the config.
+        UserError: there is no checkpoint that verifies, it is not the model of the config, or no family of Hugging
+            Face's can express that.
     """
 
     def __init__(self, run: RunFolder):
@@ -47,17 +53,17 @@ class RunTensors:
             self.about = self.about | {"arrays": self._arrays.described}
         else:
             self._arrays = StoredArrays(run.checkpoints / str(self.step), self.about["files"], variables)
-        self.origin = Origin(run.path / FOLDER) if (run.path / FOLDER).is_dir() else None
-        if self.origin is None:
-            self.hf_config = self._new_config()
-        else:
-            self.hf_config = read_json(self.origin.files()[CONFIG])
+        folder = Origin(run.path / FOLDER) if (run.path / FOLDER).is_dir() else None
+        self.files = {} if folder is None else folder.files()
+        is_same = folder is not None and describes(folder.config, folder.tensors, self.config.model)
+        self.origin = folder if is_same else None
+        self.hf_config = self._new_config(folder) if self.origin is None else self.origin.config
         for name, variable in variables.items():
             if (found := self.about["arrays"].get(name, {}).get("shape")) != list(variable.shape):
                 raise UserError(f"checkpoint {self.step} of {run.path}: {name} is {found}, not {list(variable.shape)}")
         self.places = places(self.config.model, self.hf_config, variables)
         for copy, of in copies_of(self.config.model).items():
-            if self.origin is not None and self.origin.has(copy):
+            if self.origin is not None and copy in self.origin.tensors:
                 self.places[copy] = self.places[of]
         self._kept = {n: files for files in (self.origin.kept.values() if self.origin else ()) for n in files}
         self._block = block_size(self.hf_config)
@@ -79,12 +85,15 @@ class RunTensors:
                 raise UserError(f"no checkpoint in {run.checkpoints} verifies")
             return step, checkpoints.about(step)
 
-    def _new_config(self) -> dict[str, Any]:
-        """config.json of a model that has no origin."""
-        path, data = self.run.tokenizer, self.config.data
-        end_ids = (load_tokenizer(path, end_token=data.end_token).end_id,) if path.is_file() else ()
+    def _new_config(self, began: Origin | None) -> dict[str, Any]:
+        """config.json of a model that was made here, or of one that ``began`` as another, whose texts it has."""
+        path, model, data = self.run.tokenizer, self.config.model, self.config.data
         dtype = self.about["arrays"]["params/embedding"]["dtype"]
-        return hf_config(self.config.model, max_length=data.seq_len, end_ids=end_ids, dtype=dtype)
+        if began is not None:
+            ids = {name: began.config[name] for name in ("bos_token_id", "eos_token_id") if name in began.config}
+            return hf_config(model, max_length=meant_length(began.config, model, data.seq_len), dtype=dtype) | ids
+        end_ids = (load_tokenizer(path, end_token=data.end_token).end_id,) if path.is_file() else ()
+        return hf_config(model, max_length=data.seq_len, end_ids=end_ids, dtype=dtype)
 
     @property
     def trained(self) -> bool:

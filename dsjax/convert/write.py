@@ -1,7 +1,8 @@
 """From a run of ours to a folder of Hugging Face's layout, a tensor at a time.
 
 A run that was converted from such a folder, and not trained since, gives its files back byte for byte. What was
-trained keeps the folder's files, shards and names, with its own numbers; a run without an origin gets shards by size.
+trained keeps the folder's files, shards and names, with its own numbers; a run without an origin, or whose model has
+become another one, gets shards by size.
 """
 
 from __future__ import annotations
@@ -86,8 +87,16 @@ class Export:
         self.tensors, self.options, origin = tensors, options, tensors.origin
         self._as_before = not tensors.trained and options.dtype is None
         self.fp8 = tensors.kept_fp8 and (self._as_before or options.fp8)
+        if options.fp8 and options.dtype is not None:
+            raise UserError(
+                f"--dtype is {options.dtype!r}; beside --keep-fp8, with which every weight has the type that it had in"
+                " the folder, it must be left out"
+            )
         if options.fp8 and not self.fp8:
-            raise UserError("--keep-fp8: the run keeps no scales of 8-bit weights; its conversion was not asked to")
+            raise UserError(
+                "--keep-fp8: the run keeps no scales of 8-bit weights; its conversion was not asked to, or the model"
+                " has become another one since"
+            )
         headers = {SINGLE: header_of(self._own_entries())} if origin is None else origin.headers
         before = {name: entries_of(header) for name, header in headers.items()}
         every = {name: entry for entries, _ in before.values() for name, entry in entries.items()}
@@ -223,7 +232,7 @@ def _write_at(handle: int, block: memoryview, offset: int) -> int:
 def write_rest(target: pathlib.Path, export: Export) -> None:
     """Writes everything but weights; config.json last, since without it the folder is no model."""
     tensors = export.tensors
-    config, files = dict(tensors.hf_config), {} if tensors.origin is None else tensors.origin.files()
+    config, files = dict(tensors.hf_config), tensors.files
     for name, path in files.items():
         if name not in (CONFIG, INDEX):
             copy_file(path, target / name)
@@ -234,7 +243,7 @@ def write_rest(target: pathlib.Path, export: Export) -> None:
         where = {name: file.name for file in export.files for name, *_ in file.tensors()}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
         write_json(target / INDEX, index)
-    if tensors.origin is None:
+    if not files:
         _write_tokenizer(tensors, target)
     if export.same_types:
         copy_file(files[CONFIG], target / CONFIG)

@@ -80,7 +80,8 @@ def read_source(source: Source) -> Reading:
     skipped: list[Skipped] = []
     digests: dict[str, str] = {}
     most = 1
-    for path, name in _list_files(source.path):
+    for path, listed in _list_files(source.path):
+        name = listed.encode("utf-8", "backslashreplace").decode()  # a file's name may be any bytes
         items = read_file(path, name, source.text_key, marked=source.marked)
         most = max(most, len(items))
         documents += [item for item in items if isinstance(item, Document)]
@@ -231,7 +232,7 @@ def stdlib_folder() -> pathlib.Path:
 
 
 def walk(root: pathlib.Path, skip_folders: frozenset[str] = SKIPPED) -> list[str]:
-    """The names of all files below a folder, sorted, relative to it, with /; hidden folders are left out.
+    """The names of all files below a folder, sorted, relative to it, with /; hidden and linked folders are left out.
 
     Raises:
         UserError: a folder can not be read.

@@ -25,7 +25,16 @@ from dsjax.data.marked import Marked, encode
 from dsjax.data.records import Document, Skipped
 from dsjax.data.structure.errors import BROKEN, REPAIR, RepairConfig
 from dsjax.data.token_file import TokenFile, write_tokens
-from dsjax.data.tokenizer import END, LAYOUT_SPLIT, SPLIT, Tokenizer, load_tokenizer, parse_tokenizer, train_tokenizer
+from dsjax.data.tokenizer import (
+    END,
+    LAYOUT_SPLIT,
+    SPLIT,
+    Tokenizer,
+    load_tokenizer,
+    parse_tokenizer,
+    refuse_names_in_text,
+    train_tokenizer,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -87,11 +96,8 @@ class DataConfig:
             raise UserError(f"special_tokens is {self.special_tokens!r}; names must be distinct and not empty")
         if any("\ud800" <= c <= "\udfff" for name in names for c in name):
             raise UserError(f"end_token and special_tokens are {names!a}; one has half of a surrogate pair")
-        if not self.tokenizer_path and (short := [name for name in names if len(name) == 1]):
-            raise UserError(
-                f"{'end_token' if short[0] == self.end_token else 'special_tokens'} has {short[0]!r}; a name must have"
-                f" two characters or more, as {END!r}: single ones spell bytes"
-            )
+        if not self.tokenizer_path:
+            refuse_names_in_text(self.end_token, self.special_tokens)
         if self.tokenizer_path:
             if self.special_tokens:
                 raise UserError(
@@ -221,10 +227,9 @@ def prepare(cfg: DataConfig, cache_dir: str | pathlib.Path, *, progress: Callabl
 
 
 def _cache_key(cfg: DataConfig, readings: Sequence[Reading], loaded: Tokenizer | None) -> str:
-    digest = hashlib.sha256()
     pattern = LAYOUT_SPLIT if cfg.layout else SPLIT
     settings = (_CACHE_VERSION, pattern, cfg.vocab_size, cfg.end_token, cfg.special_tokens, cfg.held_out_share)
-    digest.update(repr((*settings, cfg.near_duplicate_threshold, loaded and loaded.to_json())).encode())
+    digest = hashlib.sha256(repr((*settings, cfg.near_duplicate_threshold, loaded and loaded.to_json())).encode())
     for reading in readings:
         listed = [(d.name, d.digest.hex()) for d in reading.documents]
         digest.update(repr((listed, reading.skipped)).encode())

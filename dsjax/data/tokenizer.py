@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsjax.config import UserError
 from dsjax.data.layout_tokens import Writer, said, states_layout, with_layout
-from dsjax.data.token_names import bytes_of, hole_of
+from dsjax.data.token_names import byte_level_bytes, bytes_of, hole_of
 
 END = "<|end|>"  # the document boundary, and what padding holds
 
@@ -211,6 +212,23 @@ class Tokenizer:
         return self._inner.to_str()
 
 
+def refuse_names_in_text(end_token: str, special_tokens: Sequence[str]) -> None:
+    """A merge that gave the name of a special token would be that token. Merges are spelt in the letters of bytes, and
+    stay within a piece of the pattern: in none of those a sign follows a letter.
+
+    Raises:
+        UserError: merges may give one of the names.
+    """
+    letters = set(pre_tokenizers.ByteLevel.alphabet())
+    for key, names in {"end_token": (end_token,), "special_tokens": special_tokens}.items():
+        for name in names:
+            if letters.issuperset(name) and not re.search(rb"\w[^\w\x80-\xff]", byte_level_bytes(name)):
+                raise UserError(
+                    f"{key} has {name!r}; a name must have a letter or digit with a sign behind it, as {END!r}: text"
+                    " could spell any other"
+                )
+
+
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
@@ -228,7 +246,11 @@ def train_tokenizer(
         special_tokens: further special tokens.
         end_token: name of the document boundary.
         layout: whether tokens stand for the form of texts of :mod:`dsjax.data.layout`.
+
+    Raises:
+        UserError: text may spell the name of a special token.
     """
+    refuse_names_in_text(end_token, special_tokens)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [

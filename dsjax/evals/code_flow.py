@@ -47,6 +47,7 @@ class _Flow:
     def __init__(self) -> None:
         self.edges: dict[tuple[int, str, int], Edge] = {}
         self.names: list[str] = []
+        self._once = False  # within a loop that is walked again
 
     def statement(self, node: Node, env: Reaching) -> Reaching:
         """What is in force behind a node."""
@@ -148,9 +149,13 @@ class _Flow:
         return env
 
     def _loop(self, node: Node, env: Reaching) -> Reaching:
-        """Twice through the body: what it defines may reach its beginning."""
-        for _ in range(2):
-            inside = env
+        """Twice through the body: what it defines may reach its beginning.
+
+        The first walk tells what is in force behind it, and for that loops within are walked once: a second walk adds
+        edges, which the second walk here finds as well. So time grows with depth, and does not double with it.
+        """
+        for once in (True,) if self._once else (True, False):
+            self._once, inside = once, env
             left, right = node.child_by_field_name("left"), node.child_by_field_name("right")
             if left is not None and right is not None:
                 inside = self._bind(left, [right], inside)

@@ -160,8 +160,8 @@ def evaluate_needle(
                 progress.update(number * num_samples + len(results), len(KINDS) * num_samples, kind)
             report["kinds"][kind] = summary(samples, results)
     write_atomic(folder / "needle.json", json.dumps(report, indent=1) + "\n")
-    write_atomic(folder / "needle.png", picture(report, folder.name))
-    print(table(report, folder.name))
+    write_atomic(folder / "needle.png", picture(report, run.name))
+    print(table(report, run.name))
     return report
 
 
@@ -227,7 +227,7 @@ def picture(report: dict[str, Any], title: str) -> bytes:
     axes.set_yticks(range(len(shares)), list(report["kinds"]))
     axes.set_xticks(range(DEPTHS), [f"{d / DEPTHS:.0%} to {(d + 1) / DEPTHS:.0%}" for d in range(DEPTHS)])
     axes.set_xlabel("where the farthest fact stands in the row")
-    axes.set_title(f"{title}: right answers in {report['length']:,} tokens")
+    axes.set_title(f"{title}: right answers in {report['length']:,} tokens", parse_math=False)
     figure.colorbar(image)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)

@@ -75,11 +75,11 @@ def evaluate_run(folder: pathlib.Path, *, num_samples: int = 64, quiet: bool = F
         for prompt, (body, _) in list(zip(prompts, bodies, strict=True))[:SHOWN_SAMPLES]
     ]
     write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    text = markdown(report, folder.name)
+    text = markdown(report, run.name)
     write_atomic(folder / "report.md", text)
     names = {"xz -9e, all files": "xz_", "5-gram, all files": "ngram_", "model at the end, all files": ""}
     levels = {name: report[f"{key}bits_per_byte"] for name, key in names.items()}
-    plot_loss(records, folder / "loss.png", title=folder.name, lines=levels)
+    plot_loss(records, folder / "loss.png", title=run.name, lines=levels)
     print(text)
     return report
 

@@ -209,7 +209,6 @@ def _written(model: LoadedModel, prompts: Sequence[list[int]], cfg: WrittenProgr
         tokenizer=tokenizer,
     )
     grammar = PythonGrammar(tokenizer) if cfg.grammar else None
-    begin = len(tokenizer.begin_ids) or 1
     numbers = []
     for place, prompt in enumerate(prompts):
         kept = prompt[-max(room - cfg.max_tokens, room // 2) :]
@@ -219,7 +218,7 @@ def _written(model: LoadedModel, prompts: Sequence[list[int]], cfg: WrittenProgr
         seed = (cfg.seed * 1_000_003 + place * n) % 2**32
         request = Request(
             ids, cfg.max_tokens, cfg.sampling, seed, n, first_tokens=first, healed=healed, before=before,
-            grammar=grammar, program=len(prompt) if cfg.chat else begin,
+            grammar=grammar, program=len(prompt) if cfg.chat else 0,
         )  # fmt: skip
         numbers.append(engine.submit(request))
     texts: dict[int, dict[int, str]] = {number: dict.fromkeys(range(n), "") for number in numbers}

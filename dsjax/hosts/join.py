@@ -23,6 +23,8 @@ from typing import Any
 
 from dsjax.config import UserError
 
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
 
 class HostLost(Exception):
     """A process is gone, or did not come or answer in time; starting all again may help."""
@@ -96,10 +98,9 @@ def find_place(
     given = {"--coordinator": coordinator or None, "--num-processes": num_processes, "--process-id": process_id}
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) == 3:
-        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        values = [os.environ.get(name, "") for name in names]
+        values = [os.environ.get(name, "") for name in VARIABLES]
         # The first alone is known to JAX too, which then finds out the rest.
-        return _from_variables(names, values) if all(values[1:]) else _from_cluster(config)
+        return _from_variables(values) if all(values[1:]) else _from_cluster(config)
     if missing:
         has = [flag for flag in given if flag not in missing]
         raise UserError(f"{' and '.join(has)} given, but not {' and '.join(missing)}; give all three or none")
@@ -115,22 +116,25 @@ def _checked(coordinator: str, count: Any, index: Any, count_key: str, index_key
     return Place(coordinator, count, index) if count > 1 else None
 
 
-def _from_variables(names: tuple[str, str, str], values: list[str]) -> Place | None:
-    for name, value in zip(names[1:], values[1:], strict=True):
+def _from_variables(values: list[str]) -> Place | None:
+    address, count, index = VARIABLES
+    for name, value in zip((count, index), values[1:], strict=True):
         if not re.fullmatch(r"-?[0-9]{1,9}", value):
             raise UserError(f"the environment variable {name} is {value!r}; it must be a whole number")
     if not values[0] and int(values[1]) > 1:
-        raise UserError(f"the environment has {names[1]} and {names[2]}, but not {names[0]}; set all three or none")
-    return _checked(values[0] or "localhost:1", int(values[1]), int(values[2]), names[1], names[2])
+        raise UserError(f"the environment has {count} and {index}, but not {address}; set all three or none")
+    return _checked(values[0] or "localhost:1", int(values[1]), int(values[2]), count, index)
 
 
 def _from_cluster(config: HostsConfig) -> Place | None:
     cluster = detect_cluster()
     if cluster is None:
-        if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        has = [name for name in VARIABLES if os.environ.get(name)]
+        missing = [name for name in VARIABLES if name not in has]
+        if has:
             raise UserError(
-                "the environment has JAX_COORDINATOR_ADDRESS, but JAX detects no cluster;"
-                " set JAX_NUM_PROCESSES and JAX_PROCESS_ID too, or none of them"
+                f"the environment has {' and '.join(has)}, but not {' and '.join(missing)}, and JAX detects no"
+                " cluster; set all three or none"
             )
         return None
     try:

@@ -32,14 +32,18 @@ def admit(engine: Any) -> None:
         if not seats.give(running, part, chains[part]):
             if not any(engine.rows) and not (chains[part] and seats.give(running, part, [])):
                 engine.cancel(running.number)  # the others go on
-                raise too_long(running)
+                raise TooLong(running)
             break
     seats.copy()
 
 
-def too_long(running: Running) -> UserError:
-    """That all pages together do not hold a request."""
-    return UserError(f"a request has {len(running.tokens)} tokens, more than there are pages for; raise num_positions")
+class TooLong(UserError):
+    """All pages together do not hold the request of that ``number``."""
+
+    def __init__(self, running: Running):
+        tokens = len(running.tokens)
+        super().__init__(f"a request has {tokens} tokens, more than there are pages for; raise num_positions")
+        self.number = running.number
 
 
 def keys_of(engine: Any, part: int, running: Running) -> list[bytes]:

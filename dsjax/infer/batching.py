@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsjax.data.tokenizer import Tokenizer
-from dsjax.infer.admission import admit, too_long
+from dsjax.infer.admission import TooLong, admit
 from dsjax.infer.decoding import decode, warm_up
 from dsjax.infer.detokenize import Detokenizer
 from dsjax.infer.engine import lanes_of, placed
@@ -110,6 +110,7 @@ class Engine:
         self.waiting: deque[Running] = deque()
         self.counts, self._number, self._queues = Counts(), 0, dict[int, deque[Event]]()
         self._told: list[Event] = []  # in a run that has not returned
+        self._given_up: dict[int, TooLong] = {}  # what has yet to be told to who waits for a request
         self.streams, self.pause, self._seconds = streams, pause, math.inf  # of a step
 
     def _make_cache(self, model: Any, dtype: Any, batch_size: int, page_size: int, num_positions: int) -> None:
@@ -192,6 +193,10 @@ class Engine:
         """Submits a request, and yields what comes of it; other requests go on beside it.
 
         Who stops reading cancels it.
+
+        Raises:
+            UserError: as :meth:`submit`; or this request is too long for all pages together. That another one is, its
+                own stream says, or the next :meth:`run`.
         """
         number, left = self.submit(request), request.num_samples
         queue = self._queues[number] = deque[Event]()
@@ -199,12 +204,15 @@ class Engine:
             while left:
                 while queue:
                     event = queue.popleft()
+                    if event.finish == "cancelled" and number in self._given_up:
+                        raise self._given_up[number]
                     left -= event.ended
                     yield event
                 if left:
-                    self.step()
+                    self._go_on()
         finally:
             self.cancel(number)
+            self._given_up.pop(number, None)
             del self._queues[number]
 
     def run(self) -> dict[int, list[Completion]]:
@@ -214,10 +222,25 @@ class Engine:
             UserError: a request is too long for all pages together. It is given up; the others go on in the next call,
                 which tells all that came of them.
         """
+        self._raise_given_up()
         while self.busy:
-            self._told += self.step()
+            self._told += self._go_on()
+            self._raise_given_up()
         events, self._told = self._told, []
         return collected(events)
+
+    def _go_on(self) -> list[Event]:
+        """A step; if a request is given up in it, that is kept for who waits for it."""
+        try:
+            return self.step()
+        except TooLong as error:
+            self._given_up[error.number] = error
+            return []
+
+    def _raise_given_up(self) -> None:
+        """Tells of a request that was given up; the ones that are streamed say so themselves."""
+        for number in sorted(self._given_up.keys() - self._queues.keys()):
+            raise self._given_up.pop(number)
 
     @property
     def busy(self) -> bool:
@@ -225,7 +248,11 @@ class Engine:
         return bool(self.waiting) or any(self.rows)
 
     def step(self) -> list[Event]:
-        """Admits requests, computes a chunk of prompts, and decodes some tokens; what came of it."""
+        """Admits requests, computes a chunk of prompts, and decodes some tokens; what came of it.
+
+        Raises:
+            UserError: a request is too long for all pages together; it is given up.
+        """
         admit(self)
         self._prefill()
         events = self._decode()
@@ -297,8 +324,9 @@ class Engine:
         """What may come first: by what was kept of the prompt, or as computed; and by what the request allows."""
         allowed_V = np.ones(self.behind.logits_BV.shape[1], bool)
         if running.request.first_tokens is not None:
+            first_V = running.request.first_tokens[: len(allowed_V)]
             allowed_V[:] = False
-            allowed_V[: len(running.request.first_tokens)] = running.request.first_tokens
+            allowed_V[: len(first_V)] = first_V
         elif of_row is None:
             return
         of_row = self.programs.behind(self.behind, running.row) if of_row is None else of_row
@@ -439,7 +467,7 @@ class Engine:
                 sharing = [other for other in self.running() if self.part(other.row) == self.part(r.row)]
                 if sharing == [r]:
                     self.cancel(r.number)  # the others go on
-                    raise too_long(r)
+                    raise TooLong(r)
                 self._preempt(sharing[-1])
 
     def _preempt(self, r: Running) -> None:

@@ -303,7 +303,7 @@ def generate(
         sampling: how to choose.
         seed: of the choices.
         steps: tokens decoded between two yields.
-        first_tokens: for each prompt a mask of the V tokens that may come first (see :func:`heal`).
+        first_tokens: for each prompt a mask of the tokens that may come first (:func:`heal`), cut or filled up to V.
         mesh: devices; None: the first one of this process.
         scanners: of a model with ``structure``, one for each prompt, where that begins. It is told the features of each
             token as it comes, so that all yields are of one token.
@@ -326,8 +326,9 @@ def generate(
     params = generator.place(params)
     logits_BV, cache = generator.prefill(params, *map(generator.place_rows, rows))
     if first_tokens is not None:
-        allowed_BV = np.stack(first_tokens)
-        allowed_BV = np.pad(allowed_BV, ((0, 0), (0, logits_BV.shape[1] - allowed_BV.shape[1])))
+        V = logits_BV.shape[1]
+        allowed_BV = np.stack(first_tokens)[:, :V]
+        allowed_BV = np.pad(allowed_BV, ((0, 0), (0, V - allowed_BV.shape[1])))
         logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
     key, ended_B, left = jax.random.key(seed), np.zeros(len(prompts), bool), max_tokens
     ending = [end_id] if end_ids is None else list(end_ids)

@@ -80,7 +80,7 @@ class Layout:
 
     def needed(self, start: int, end: int) -> range:
         """Logical pages that hold what positions from ``start`` on see, with all positions before ``end`` written."""
-        last = max((_slots(mask, end) for mask in self.masks), default=0)
+        last = max((num_slots(mask, end) for mask in self.masks), default=0)
         first = 0
         if all(isinstance(mask, Causal) and mask.window is not None for mask in self.masks):
             window = max(mask.window or 0 for mask in self.masks if isinstance(mask, Causal))
@@ -102,21 +102,21 @@ class Layout:
 
     @property
     def num_copied(self) -> int:
-        """How many pages that go on being written a row has at the most: a prefix copies those."""
-        heads = [-(-(m.size - m.window) // self.page_size) for m in self.masks if isinstance(m, Segments)]
-        return max(heads, default=0) + 2
+        """How many pages that go on being written a row has at the most: a prefix copies those.
+
+        They are those of the head, and of whole tails from the first that some layer has not filled to the last that
+        some layer has begun.
+        """
+        cuts = [mask for mask in self.masks if isinstance(mask, Segments)]
+        if not cuts:
+            return 2
+        head, tail, shifts = cuts[0].size - cuts[0].window, cuts[0].window, [cut.shift for cut in cuts]
+        tails = tail + max(max(shifts) - min(shifts) - head, 0)  # so far apart, layers are in two of them
+        return -(-head // self.page_size) - (-tails // self.page_size) + 2
 
     def column(self, logical: int) -> int:
         """Where a logical page stands in the table of a row: those of one device side by side."""
         return logical % self.parts * (self.columns // self.parts) + logical // self.parts
-
-
-def _slots(mask: AttentionMask, length: int) -> int:
-    """Slots up to the last one in use; of a first segment that has not come to its tail, part of the head."""
-    if length == 0:
-        return 0
-    used = num_slots(mask, length)
-    return min(used, length + mask.shift) if isinstance(mask, Segments) and used == mask.size - mask.window else used
 
 
 class Tables:
@@ -251,7 +251,7 @@ class Prefixes:
 
         ``salt``: what else must be the same.
         """
-        key, keys, begin = str(part).encode() + salt, [], 0
+        key, keys, begin = hashlib.sha256(f"{part}/".encode() + salt).digest(), [], 0
         for number in range(1, self.num_strides(len(tokens)) + 1):
             end = number * self.stride + self.ahead
             block, begin = np.asarray(tokens[begin:end], np.int32).tobytes(), end

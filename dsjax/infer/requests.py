@@ -29,8 +29,8 @@ class Request:
         num_samples: continuations; number i has seed ``seed + i``. The prompt is computed once for all of them.
         end_ids: tokens that end it; None: the engine's; empty: none does.
         stop: texts that end it. The token that completes one is the last.
-        first_tokens: a mask of the V tokens that may come first (see :func:`dsjax.infer.engine.heal`). Probabilities
-            that are told are the model's own, whatever may come.
+        first_tokens: a mask of the tokens that may come first (see :func:`dsjax.infer.engine.heal`), cut or filled up
+            to the model's V. Probabilities that are told are the model's own, whatever may come.
         healed: the token in whose place the first one comes: its text is not new.
         top_log_probs: how many of the likeliest tokens to tell at each place, up to the engine's.
         grammar: what the text must stay within; it ends as a whole program. None: nothing. Of probabilities, as with
@@ -79,10 +79,15 @@ class Request:
         check_stop(self.stop)
 
     def check_tokens(self, vocab_size: int) -> None:
-        """Raises UserError: the prompt has a token that the model has not."""
+        """Raises UserError: the prompt has a token that the model has not, or only such ones may come first."""
         for token in (min(self.prompt), max(self.prompt)):
             if not 0 <= token < vocab_size:
                 raise UserError(f"a prompt has a token {token}; the model has those from 0 to {vocab_size - 1}")
+        if self.first_tokens is not None and not np.any(self.first_tokens[:vocab_size]):
+            raise UserError(
+                f"first_tokens of a request allows no token of the model, which has those from 0 to {vocab_size - 1};"
+                " it must allow one"
+            )
 
     def constraint(self, end_ids: Collection[int]) -> Constraint | None:
         """What its grammar allows; None: anything.

@@ -87,6 +87,12 @@ class DecoderConfig:
         """Whether there are heads that see only what is still open."""
         return any(isinstance(g.attention, AttentionConfig) and g.attention.scope_heads for g in self.groups)
 
+    @property
+    def turn(self) -> int:
+        """Positions behind which all layers cut a row as before: a text that begins at a multiple of it is read as in a
+        row of its own. 1: no layer cuts rows."""
+        return math.lcm(*(g.attention.segmented.segment_size for g in self.groups if g.attention.segmented))
+
     def experts(self) -> dict[str, MoEConfig]:
         """The layer groups of experts, by name."""
         return {f"group_{i}": g.ffn for i, g in enumerate(self.groups) if isinstance(g.ffn, MoEConfig)}
@@ -207,8 +213,7 @@ class DecoderConfig:
         """
         if length is not None:
             return self.kv_bytes(length, dtype) / length
-        turn = math.lcm(*(g.attention.segmented.segment_size if g.attention.segmented else 1 for g in self.groups))
-        return (self.kv_bytes(3 * turn, dtype) - self.kv_bytes(2 * turn, dtype)) / turn
+        return (self.kv_bytes(3 * self.turn, dtype) - self.kv_bytes(2 * self.turn, dtype)) / self.turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,7 +207,13 @@ def num_tails(segments: Segments, length: int) -> int:
 def num_slots(mask: AttentionMask, length: int) -> int:
     """Slots that ``length`` positions of a row need."""
     parts = [part for part in parts_of(mask) if isinstance(part, Segments)]
-    return max((s.size - s.window + s.window * num_tails(s, length) for s in parts), default=length)
+    return max((_slots_of_segments(part, length) for part in parts), default=length) if length else 0
+
+
+def _slots_of_segments(segments: Segments, length: int) -> int:
+    """The head and the tails that are begun; of a first segment that has not come to its tail, part of the head."""
+    head, begun = segments.size - segments.window, num_tails(segments, length)
+    return head + begun * segments.window if begun else min(head, length + segments.shift)
 
 
 def held_positions(mask: Causal | Segments, slots: Int[Array, ...], lengths: Int[Array, ...]) -> Int[Array, ...]:

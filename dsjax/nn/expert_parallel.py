@@ -72,18 +72,24 @@ def apply_experts(
     return y_TD, _over_devices(sizes_e, axes, placement)
 
 
-def at_home(replicas_R: Int[Array, " R"], num_experts: int) -> Placement:
-    """Every expert where it is without a placement, and after a device's experts its part of ``replicas_R``.
+def placement_of(experts_P: Int[Array, " P"], num_experts: int, num_replicas: int) -> Placement:
+    """Which expert stands in each slot, by the ``replicas`` of a layer.
+
+    In training those are the experts of the replicas alone: every expert is where it is without a placement, and after
+    a device's experts come its replicas. Of a model that is laid out for decoding they are the experts of all slots, as
+    its weights are, so that it is the same model on any number of devices.
 
     Raises:
-        UserError: they do not divide over the devices.
+        UserError: replicas do not divide over the devices.
     """
-    axes, R = _axes("expert"), len(replicas_R)
+    axes, num = _axes("expert"), len(experts_P)
+    if num > num_replicas:
+        return Placement(experts_P, num_experts)
     N = math.prod(axes.values())
-    if R % N:
+    if num % N:
         over = "*".join(f"{axis}={size}" for axis, size in axes.items())
-        raise UserError(f"num_replicas is {R}; it must divide over the {N} devices of mesh {over}")
-    return Placement(slots_at_home(replicas_R, num_experts, N), num_experts, home=True)
+        raise UserError(f"num_replicas is {num}; it must divide over the {N} devices of mesh {over}")
+    return Placement(slots_at_home(experts_P, num_experts, N), num_experts, home=True)
 
 
 def _elsewhere(

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, Share, UserError
-from dsjax.nn.expert_parallel import apply_experts, at_home
+from dsjax.nn.expert_parallel import apply_experts, placement_of
 from dsjax.nn.lora import FrozenWeight
 from dsjax.nn.mlp import MLP
 from dsjax.nn.placement import moved_mean
@@ -184,7 +184,8 @@ class MoE(nnx.Module):
         if cfg.entropy is not None:
             self.entropy_multipliers = buffer((3,), ("router",))
         if cfg.num_replicas:
-            self.replicas = buffer((cfg.num_replicas,), ("router",))  # the experts that they are of
+            # The experts that they are of; laid out for decoding, the experts of all places (placement_of).
+            self.replicas = buffer((cfg.num_replicas,), ("router",))
             self.mean_load = buffer((E,), ("router",))
         if cfg.num_shared_experts:
             self.shared = MLP(D, cfg.num_shared_experts * F, out_scale=out_scale, rngs=rngs)
@@ -267,7 +268,8 @@ class MoE(nnx.Module):
             weights_TX = chosen_weights(choice.scores_TX, normalize=cfg.normalize_weights, scale=cfg.routed_scale)
             x_TD, experts = x_BTD.reshape(-1, x_BTD.shape[-1]), (w_gate, w_up, w_down)
             options: dict[str, Any] = {"layer": layer, "capacity": capacity, "num_sequences": len(x_BTD)}
-            options["placement"] = None if replicas_R is None else at_home(replicas_R, cfg.num_experts)
+            if replicas_R is not None:
+                options["placement"] = placement_of(replicas_R, cfg.num_experts, cfg.num_replicas)
             y_TD, kept_E = apply_experts(x_TD, choice, weights_TX.astype(x_TD.dtype), *experts, **options)
             load_E = choice.counts_E
             if (current := current_mesh()) is not None:

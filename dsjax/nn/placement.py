@@ -173,20 +173,19 @@ def moved_mean(mean_E: Float[Array, "*layers E"], load_E: Int[Array, "*layers E"
 
 
 def placed_anew(buffers: Mapping[str, Any], num_devices: int) -> dict[str, Any]:
-    """A model's buffers with the replicas of each group of experts placed for the loads that training measured.
+    """A model's buffers with the replicas of all layers of experts placed for the loads that training measured.
 
     It is done on the host, between two steps; who stands where is data, and no step is compiled anew for it.
 
     Args:
-        buffers: nested, as in :class:`dsjax.train.step.TrainState`. Groups without replicas stay as they are.
+        buffers: nested, as in :class:`dsjax.train.step.TrainState`. What is not of replicas stays as it is.
         num_devices: of the expert axes.
     """
-    placed = {name: dict(group) for name, group in buffers.items()}
-    for group in placed.values():
-        if "replicas" in group.get("ffn", {}):
-            old = group["ffn"]["replicas"]
-            new_LR = place_replicas(np.asarray(group["ffn"]["mean_load"]), num_devices, old.shape[1])
-            group["ffn"] = group["ffn"] | {"replicas": jax.device_put(new_LR.astype(old.dtype), old.sharding)}
+    placed = {name: placed_anew(x, num_devices) if isinstance(x, Mapping) else x for name, x in buffers.items()}
+    if "replicas" in buffers:
+        old = buffers["replicas"]
+        new_LR = place_replicas(np.asarray(buffers["mean_load"]), num_devices, old.shape[1])
+        placed["replicas"] = jax.device_put(new_LR.astype(old.dtype), old.sharding)
     return placed
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsjax.nn.masks import AttentionMask, ByHead, Documents
+from dsjax.nn.masks import AttentionMask, ByHead, Documents, parts_of
 from dsjax.sharding import current_mesh, map_shards
 from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.segmented_attention import Segments, context_parallel_attention, segmented_attention
@@ -42,17 +42,12 @@ def row_attention(
         closes_BTK: the position of the row from which on a key is not seen any more; None: all are seen to the end.
     """
     axes = whole_segments(mask, q_BTKGH.shape[1])
+    apart = heads_apart(mask, heads[0]) if isinstance(mask, ByHead) else lambda f: functools.partial(f, mask)
 
-    def attend(mask, q_bTkGH, k_bTkH, v_bTkU, ids_bT, closes_bTk=None):
+    def attend(ids_bT, closes_bTk, mask, q_bTkGH, k_bTkH, v_bTkU):
         b, T, k, G, H = q_bTkGH.shape
         q_bTnH = q_bTkGH.reshape(b, T, k * G, H)
-        if not isinstance(mask, Segments):
-            out_bTnU = causal_attention(q_bTnH, k_bTkH, v_bTkU, ids_bT, mask.window, scale=scale, closes_BTK=closes_bTk)
-        elif axes:
-            out_bTnU = context_parallel_attention(
-                q_bTnH, k_bTkH, v_bTkU, axis=axes, segments=mask, documents=ids_bT, scale=scale
-            )
-        else:
+        if isinstance(mask, Segments):
             out_bTnU = segmented_attention(
                 q_bTnH,
                 k_bTkH,
@@ -64,9 +59,18 @@ def row_attention(
                 documents=ids_bT,
                 scale=scale,
             )
+        else:
+            out_bTnU = causal_attention(q_bTnH, k_bTkH, v_bTkU, ids_bT, mask.window, scale=scale, closes_BTK=closes_bTk)
         return out_bTnU.reshape(b, T, k, G, -1)
 
-    run = heads_apart(attend, mask, heads[0]) if isinstance(mask, ByHead) else functools.partial(attend, mask)
+    def run(q_bTkGH, k_bTkH, v_bTkU, ids_bT, closes_bTk=None):
+        if not axes:
+            return apart(functools.partial(attend, ids_bT, closes_bTk))(q_bTkGH, k_bTkH, v_bTkU)
+        b, t, k, G, H = q_bTkGH.shape
+        options = {"axis": axes, "segments": parts_of(mask), "apart": apart, "documents": ids_bT, "scale": scale}
+        out_btnU = context_parallel_attention(q_bTkGH.reshape(b, t, k * G, H), k_bTkH, v_bTkU, **options)
+        return out_btnU.reshape(b, t, k, G, -1)
+
     length = "length" if axes else None
     q, kv = ("batch", length, *heads, None), ("batch", length, heads[0], None)
     arrays, specs = [q_BTKGH, k_BTKH, v_BTKU, documents.ids_BT], [q, kv, kv, ("batch", length)]
@@ -76,34 +80,35 @@ def row_attention(
     return map_shards(run, tuple(specs), q)(*arrays)
 
 
-def heads_apart(attend: Callable[..., jax.Array], mask: ByHead, axis: str = "kv_heads") -> Callable[..., jax.Array]:
-    """``attend(mask, q, k, v, ids)`` inside a :func:`map_shards`, of heads that see different things.
+def heads_apart(mask: ByHead, axis: str = "kv_heads") -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
+    """``apart(f)(*arrays)`` is ``f(part, *some)`` of heads that see different things, inside a :func:`map_shards`.
 
-    Neighbours that see the same go together. Devices that share heads out, over the logical ``axis``, have what stands
-    at the places of their own.
+    Heads stand in dimension 2 of all arrays, and of what ``f`` returns. Neighbours that see the same go together.
+    Devices that share heads out, over the logical ``axis``, have what stands at the places of their own: so they do not
+    run the same ``f``, and in it nothing may travel between them.
     """
     num = len(mask.parts)
 
-    def own(first: int, q_bTkGH: jax.Array, k_bTkH: jax.Array, v_bTkU: jax.Array, ids_bT: jax.Array) -> jax.Array:
-        masks = [mask.parts[(first + i) % num] for i in range(k_bTkH.shape[2])]
+    def own(f: Callable[..., jax.Array], first: int, *arrays: jax.Array) -> jax.Array:
+        masks = [mask.parts[(first + i) % num] for i in range(arrays[0].shape[2])]
         out, begin = [], 0
         for part, alike in itertools.groupby(masks):
             end = begin + len(list(alike))
-            out.append(attend(part, *(x[:, :, begin:end] for x in (q_bTkGH, k_bTkH, v_bTkU)), ids_bT))
+            out.append(f(part, *(x[:, :, begin:end] for x in arrays)))
             begin = end
         return jnp.concatenate(out, axis=2)
 
-    def run(q_bTkGH: jax.Array, k_bTkH: jax.Array, v_bTkU: jax.Array, ids_bT: jax.Array) -> jax.Array:
+    def run(f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
         current = current_mesh()
         over = () if current is None else getattr(current[1], axis)
         devices = 1 if current is None else math.prod(current[0].shape[a] for a in over)
         # The first head's place, device by device, until it repeats.
-        firsts = list(dict.fromkeys(device * k_bTkH.shape[2] % num for device in range(devices)))
-        runs = [functools.partial(own, first) for first in firsts]
+        firsts = list(dict.fromkeys(device * arrays[0].shape[2] % num for device in range(devices)))
+        runs = [functools.partial(own, f, first) for first in firsts]
         place = jax.lax.axis_index(over) % len(firsts) if over else 0
-        return jax.lax.switch(place, runs, q_bTkGH, k_bTkH, v_bTkU, ids_bT)
+        return jax.lax.switch(place, runs, *arrays)
 
-    return run
+    return lambda f: functools.partial(run, f)
 
 
 def segments_of(mask: AttentionMask) -> Segments | None:

@@ -16,13 +16,16 @@ from rich.console import Console
 
 from dsjax.config import UserError, apply_overrides
 from dsjax.metrics import write_atomic
+from dsjax.models.decoder import DecoderConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.plan import report, search
 from dsjax.plan.chips import Topology, larger, parse_topology
 from dsjax.plan.measure import Job
 from dsjax.plan.process import ask
 from dsjax.plan.programs import Mode
+from dsjax.runs import RunFolder
 from dsjax.sharding import MESH_AXES, MeshConfig
+from dsjax.train.pretrain import Pretrain
 from dsjax.train.r1 import R1, of_updates
 
 EXIT_DOES_NOT_FIT = 3
@@ -68,20 +71,25 @@ def run(config: Any, request: Request) -> int:
     Raises:
         UserError: a wrong topology, mesh, batch or file.
     """
-    if not all(hasattr(config, part) for part in ("model", "data", "optim", "compute", "mesh")):
-        raise UserError(f"a {type(config).__name__} can not be planned; it needs model, data, optim, compute and mesh")
-    if isinstance(config, R1) and request.mode == "train":
-        config = of_updates(config)  # the rows of an update are what it learns from at a time
+    if not isinstance(config, Pretrain):
+        raise UserError(f"a {type(config).__name__} can not be planned; it is no recipe such as Pretrain")
     for flag, name in {"--json": request.json, "--plot": request.plot}.items():
         if name and not pathlib.Path(name).absolute().parent.is_dir():
             raise UserError(f"{flag} is {name}: there is no folder {pathlib.Path(name).absolute().parent}")
+    if request.plot:
+        report.check(request.plot)
     topologies = [parse_topology(text) for text in request.topologies]
+    config = begun(config)
+    if isinstance(config, R1) and request.mode == "train":
+        config = of_updates(config)  # the rows of an update are what it learns from at a time
     out = Console()
     if not out.is_terminal:
         out.width = 160  # a table in a file need not fit a screen
     if request.search:
         if len(topologies) > 1:
             raise UserError(f"--search takes one topology, but --topology names {len(topologies)}")
+        if request.mesh:
+            raise UserError(f"--search tries meshes, but --mesh names {request.mesh}; give one of them")
         return _search(config, request, topologies[0], out)
 
     answers = []
@@ -100,8 +108,8 @@ def run(config: Any, request: Request) -> int:
 
 
 def _search(config: Any, request: Request, topology: Topology, out: Console) -> int:
-    base = next(jobs(config, dataclasses.replace(request, mesh="data=-1", batch_sizes=()), [topology]))
-    space = search.candidates(base, topology, request.batch_sizes)
+    base = Job(config, str(topology), request.mode, length=request.length)
+    space = search.candidates(base, topology, sizes_of(request, topology))
     say_count = f"{len(space)} candidates; the compiler tries the {min(request.limit, len(space))} that look best"
     if not request.quiet:
         print(say_count, file=sys.stderr)
@@ -124,6 +132,27 @@ def _write(request: Request, result: Any, draw: Callable[[], Any]) -> None:
 # ---------------------------------------------------------------- which questions
 
 
+def begun(config: Any) -> Any:
+    """The config with the model of the run that ``train.start_from`` names, as training takes it.
+
+    If that run is not here, a config that gives a model itself is planned with that.
+
+    Raises:
+        UserError: neither is there.
+    """
+    run = RunFolder(pathlib.Path(config.train.start_from))
+    if config.train.start_from and (run.config.exists() or config.model == DecoderConfig()):
+        return config.begins(run)[0]
+    return config
+
+
+def sizes_of(request: Request, topology: Topology) -> Sequence[int]:
+    """The batch sizes that are asked for; empty: none is."""
+    if request.rows_per_chip is not None:
+        return [request.rows_per_chip * topology.num_chips]
+    return request.batch_sizes
+
+
 def jobs(config: Any, request: Request, topologies: Sequence[Topology]) -> Iterator[Job]:
     """A question for each topology and batch size.
 
@@ -132,9 +161,7 @@ def jobs(config: Any, request: Request, topologies: Sequence[Topology]) -> Itera
     """
     for topology in topologies:
         mesh = mesh_for(config, request, topology)
-        sizes: Sequence[int | None] = request.batch_sizes or [None]
-        if request.rows_per_chip is not None:
-            sizes = [request.rows_per_chip * topology.num_chips]
+        sizes: Sequence[int | None] = sizes_of(request, topology) or [None]
         for size in sizes:
             placed = dataclasses.replace(config, mesh=mesh)
             yield Job(placed, str(topology), request.mode, size, request.length)
@@ -159,11 +186,11 @@ def mesh_for(config: Any, request: Request, topology: Topology) -> MeshConfig:
 
 
 def inference_mesh(model: Any, num_devices: int) -> MeshConfig:
-    """Experts over as many devices as divide their number, heads over the rest; what is left takes sequences."""
+    """Experts over as many devices as divide their number, heads and widths over the rest; what is left takes rows."""
     experts = [g.ffn.num_experts for g in model.groups if isinstance(g.ffn, MoEConfig)]
     expert = math.gcd(num_devices, *experts) if experts else 1
-    heads = math.gcd(*(g.attention.num_heads for g in model.groups))
-    tensor = math.gcd(num_devices // expert, heads)
+    cut = [model.vocab_size, *(n for g in model.groups for n in (g.attention.num_heads, g.ffn.d_ff))]
+    tensor = math.gcd(num_devices // expert, *cut)
     return MeshConfig(data=-1, expert=expert, tensor=tensor)
 
 
@@ -176,6 +203,7 @@ def too_big(config: Any, request: Request, answer: dict[str, Any], topology: Top
     needs = f"needs {gib(answer['hbm_bytes_per_chip'])} GiB a chip, {chip} has {gib(capacity)}"
     least = sum(answer["hbm_breakdown_bytes"].get(part, 0) for part in ("parameters", "optimizer"))
     before = answer["mesh"]
+    config = dataclasses.replace(config, mesh=mesh_for(config, request, topology))
     for bigger in larger(topology):
         factor = bigger.num_devices / topology.num_devices
         if least / factor > capacity:  # even if everything were cut: not worth a compilation
@@ -189,7 +217,7 @@ def too_big(config: Any, request: Request, answer: dict[str, Any], topology: Top
                 print(f"{bigger}: {error}", file=sys.stderr)
             continue
         if found["fits"]:
-            mesh = ",".join(f"{axis}={size}" for axis, size in found["mesh"].items())
+            mesh = search.mesh_words(found["mesh"], job.config.mesh)
             rows = f", data.batch_size={found['batch_size']}" if found["batch_size"] != answer["batch_size"] else ""
             return f"{needs}; fits from {bigger} (--mesh {mesh}{rows})"
     return f"{needs}; no {chip} topology was found on which it fits; try --search, or another mesh"

@@ -11,14 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from dsjax.data.batch import Batch
 from dsjax.infer.engine import make_generator
 from dsjax.models.decoder import DecoderConfig
 from dsjax.nn.moe import MoEConfig
 from dsjax.sharding import Rules, make_mesh, training_rules
-from dsjax.train.policy_loss import policy_loss
-from dsjax.train.pretrain import Pretrain, batch_shapes, build, make_model
-from dsjax.train.r1 import R1, update_shapes
+from dsjax.train.pretrain import Pretrain, build, make_model
 from pallas_kernels.platforms import ANY, compiled_for
 
 Mode = Literal["train", "prefill", "decode"]
@@ -77,15 +74,8 @@ def make_program(
 
 
 def _train(config: Pretrain, devices: Sequence[Any]) -> Program:
-    batch: Batch
-    if isinstance(config, R1):
-        loss_fn = policy_loss(config.policy, temperature=config.rollout.temperature)
-        mesh, trainer = build(config, list(devices), loss_fn)
-        batch = update_shapes(config, mesh, config.data.batch_size)
-    else:
-        mesh, trainer = build(config, list(devices))
-        batch = batch_shapes(config, mesh)
-    total = jax.ShapeDtypeStruct((), jnp.int32)
+    mesh, trainer = build(config, list(devices))
+    batch, total = config.step_batch(mesh), jax.ShapeDtypeStruct((), jnp.int32)
     tokens = config.data.batch_size * config.data.seq_len
     state = trainer.shapes
     parts = {"parameters": state.params, "optimizer": state.opt_state, "buffers": state.buffers, "batch": batch}

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dsjax.config import UserError
 from dsjax.metrics import write_atomic
 
 NAMES = {"mxu": "matrix products", "hbm": "memory traffic", "ici": "links"}
@@ -173,6 +174,25 @@ def curves(plans: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
+def check(plot: str) -> None:
+    """Whether a picture can have this name.
+
+    Raises:
+        UserError: none is of its kind.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if _kind(pathlib.Path(plot)) not in kinds:
+        raise UserError(
+            f"--plot is {plot}; its name must end in one of {', '.join(f'.{kind}' for kind in sorted(kinds))}"
+        )
+
+
+def _kind(path: pathlib.Path) -> str:
+    return path.suffix.lstrip(".").lower() or "png"
+
+
 def save(figure: Any, path: pathlib.Path) -> None:
     """Writes a figure as PNG (or what the name says).
 
@@ -180,5 +200,5 @@ def save(figure: Any, path: pathlib.Path) -> None:
         UserError: it can not be written.
     """
     picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lstrip(".") or "png", dpi=110)
+    figure.savefig(picture, format=_kind(path), dpi=110)
     write_atomic(path, picture.getvalue())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from dsjax.plan.chips import Topology, ici_bandwidth
 from dsjax.plan.measure import Job
 from dsjax.plan.process import ask
 from dsjax.plan.report import NAMES, roofline_cells
-from dsjax.sharding import MESH_AXES, MeshConfig
+from dsjax.sharding import MESH_AXES, MeshConfig, training_rules
 
 DECODE_BATCHES = (1, 4, 16, 64, 256)
 # Beyond one host's links, tensor parallelism waits for its all-reduces.
@@ -44,10 +44,19 @@ class Candidate:
 
     def override(self) -> str:
         """The words that make ``dsjax train`` or ``dsjax plan`` take it."""
-        sizes = ",".join(f"{axis}={size}" for axis, size in ({"data": 1} | self.mesh).items())
-        if self.job.mode == "train":
-            return f"mesh={sizes} compute.remat={self.job.config.compute.remat}"
-        return f"--mesh {sizes} --batch {self.job.batch_size}"
+        config, batch, length = self.job.config, self.job.batch_size, self.job.length
+        mesh = mesh_words({"data": 1} | self.mesh, config.mesh)
+        if self.job.mode != "train":
+            return f"--mesh {mesh} --batch {batch}" + (f" --length {length}" if length else "")
+        asked = {"batch_size": batch, "seq_len": length}
+        words = [f"data.{key}={n}" for key, n in asked.items() if n and n != getattr(config.data, key)]
+        return " ".join([f"mesh={mesh}", f"compute.remat={config.compute.remat}", *words])
+
+
+def mesh_words(sizes: Mapping[str, int], mesh: MeshConfig) -> str:
+    """Axes with these sizes and what else ``mesh`` says, as a user writes them."""
+    words = [f"{axis}={size}" for axis, size in sizes.items()]
+    return ",".join(words + ["expert_over_data=true"] * mesh.expert_over_data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,7 @@ def candidates(base: Job, topology: Topology, batch_sizes: Sequence[int] = ()) -
     """All that arithmetic does not rule out, best first.
 
     Args:
-        base: the job; its mesh, remat policy and batch are replaced.
+        base: the job; the sizes of its mesh, its remat policy and its batch are replaced.
         topology: the chips.
         batch_sizes: to try; empty: the config's when training, :data:`DECODE_BATCHES` in inference.
 
@@ -83,14 +92,16 @@ def candidates(base: Job, topology: Topology, batch_sizes: Sequence[int] = ()) -
         UserError: nothing is left.
     """
     config, training = base.config, base.mode == "train"
-    sizes = batch_sizes or ((base.batch_size or config.data.batch_size,) if training else DECODE_BATCHES)
+    sizes = batch_sizes or ((config.data.batch_size,) if training else DECODE_BATCHES)
     policies = ("none", "dots", "full") if training else (config.compute.remat,)
     found = []
     for mesh, size, remat in itertools.product(meshes(base, topology), sizes, policies):
         if not divides(base, mesh, size):
             continue
         placed = dataclasses.replace(
-            config, mesh=MeshConfig(**mesh), compute=dataclasses.replace(config.compute, remat=remat)
+            config,
+            mesh=dataclasses.replace(config.mesh, **mesh),
+            compute=dataclasses.replace(config.compute, remat=remat),
         )
         job = dataclasses.replace(base, config=placed, batch_size=size)
         found.append(Candidate(job, *estimate(job, topology, mesh)))
@@ -134,8 +145,10 @@ def divides(job: Job, mesh: dict[str, int], batch_size: int) -> bool:
     micro = batch_size // config.train.accumulate
     rows = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     length = job.length or config.data.seq_len
+    over = math.prod(mesh[axis] for axis in training_rules(config.mesh).expert)
     return (
         micro % rows == 0
+        and all(moe.num_experts % over == 0 for moe in model.experts().values())
         and (mesh["context"] == 1 or (micro == rows and length % mesh["context"] == 0))
         and model.d_model % mesh["fsdp"] == 0
         and all(a.training_heads % mesh["tensor"] == 0 for a in attention)
@@ -180,6 +193,7 @@ def _training(job: Job, topology: Topology, mesh: dict[str, int]) -> tuple[float
     model, length = config.model, job.length or config.data.seq_len
     batch, n = job.batch_size or config.data.batch_size, topology.num_devices
     experts, others = _parameters(model, mesh)
+    experts /= mesh["data"] if config.mesh.expert_over_data else 1
     held = (experts + others) / mesh["fsdp"]
     tokens = batch * length / n * mesh["tensor"]  # of a device, whose tensor neighbours have the same ones
     width = 2 if config.compute.dtype == "bfloat16" else 4

@@ -14,6 +14,8 @@ MOST_CHARACTERS = 20  # of an expression, for each number in it
 _WHOLE = re.compile(r"([-+]?)\$?(\d{1,18}|\d{1,3}(?:,\d{3}){1,5})", re.ASCII)
 _END = re.compile(r"(?<=\S)\s*\bdollars?\.?$|(?<=[\w})\]])\.$", re.ASCII)
 _UNBRACED = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?|\\[^$\n]*|[^$\n]", re.ASCII)
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mbox)\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"(?=.*[^\W\d_]{2})(?:[^\W\d_]|[ .,'’])+")
 _TOKEN = re.compile(r"\d+|[-+*/()]", re.ASCII)
 
 
@@ -26,6 +28,15 @@ def whole_number(text: str) -> int | None:
     """The number that a text is, written as 1234, -1,234 or $1,234; None: it is none, or too long to be told here."""
     found = _WHOLE.fullmatch(text.strip())
     return None if found is None else int(found[1] + found[2].replace(",", ""))
+
+
+def words(text: str) -> list[str] | None:
+    r"""The words that a text is, as yes or \text{Yes}: in small letters; what commas part, in any order.
+
+    None: it is something else. Single letters alone are variables.
+    """
+    plain = normalised(_TEXT.sub(r"\1", text).strip().strip("$"))
+    return sorted(part.strip() for part in plain.casefold().split(",")) if _WORDS.fullmatch(plain) else None
 
 
 def unmarked(text: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 
+from dsjax.data.build.syntax import lines_of
+from dsjax.data.structure.nesting import Nesting
 from dsjax.data.tasks import Task
 from dsjax.rl.programs import Problem
 
@@ -21,24 +23,36 @@ def docstring(problem: Problem) -> str:
     shown = problem.text.strip()
     if isinstance(problem.tests, str):
         first = next((node for node in ast.walk(ast.parse(problem.tests)) if isinstance(node, ast.Assert)), None)
-        shown += f"\n{ast.unparse(first)}" if first is not None else ""
+        shown += f"\n{ast.get_source_segment(problem.tests, first)}" if first is not None else ""
     elif problem.entry_point not in shown:
         shown += f"\nThe function is called {problem.entry_point}."
     quotes = "'''" if '"""' in shown else '"""'
-    return f"{quotes}\n{shown}\n{quotes}\n"
+    shown = shown.replace(quotes, "\\".join(["", *quotes]))  # if it has both
+    prefix = "r" if "\\" in shown else ""
+    return f"{prefix}{quotes}\n{shown}\n{quotes}\n"
+
+
+def _begin_statements(lines: list[str]) -> list[bool]:
+    """Whether a statement may begin with each line: no string and no bracket is open."""
+    found, nesting = list[bool](), Nesting()
+    for line in lines:
+        found.append(nesting.is_outside)
+        nesting.read_any(line.encode(errors="replace"))
+    return found
 
 
 def cut_body(text: str, indent: int, *, ended: bool) -> tuple[str, bool]:
     """The body at the front of a continuation, and whether it is finished.
 
-    A body ends before the first line that is not empty and indented no deeper than ``def``; ``ended`` says that the
-    text stopped by itself. An unfinished body loses its last line, which may be cut.
+    A body ends before the first statement that is indented no deeper than ``def``; ``ended`` says that the text stopped
+    by itself. An unfinished body loses its last line, which may be cut.
     """
-    lines = text.splitlines(keepends=True)
-    for number, line in enumerate(lines):
+    lines = lines_of(text)
+    for number, (line, begins) in enumerate(zip(lines, _begin_statements(lines), strict=True)):
         content = line.strip()
-        complete = line.endswith(("\n", "\r")) or number + 1 < len(lines) or ended
-        if content and not content.startswith("#") and complete and len(line) - len(line.lstrip()) <= indent:
+        complete = line.endswith(("\n", "\r")) or ended
+        dedents = bool(content) and not content.startswith("#") and len(line) - len(line.lstrip()) <= indent
+        if begins and complete and dedents:
             return "".join(lines[:number]), True
     return ("".join(lines), True) if ended else ("".join(lines[:-1]), False)
 
@@ -46,11 +60,11 @@ def cut_body(text: str, indent: int, *, ended: bool) -> tuple[str, bool]:
 def cut_program(text: str, *, ended: bool) -> str:
     """The definitions, imports and assignments at the front of a text: what a base model writes before it goes on to
     call them, or to the next problem."""
-    lines = text.splitlines(keepends=True)
+    lines = lines_of(text)
     if not ended and lines and not lines[-1].endswith("\n"):
         lines = lines[:-1]
-    for number, line in enumerate(lines):
-        if re.match(r"(assert|print|if __name__)\b|'''|\"\"\"|```|# In\[", line):
+    for number, (line, begins) in enumerate(zip(lines, _begin_statements(lines), strict=True)):
+        if begins and re.match(r"(assert|print|if __name__)\b|'''|\"\"\"|```|# In\[", line):
             return "".join(lines[:number])
     return "".join(lines)
 

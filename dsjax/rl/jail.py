@@ -44,7 +44,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 NOT_CONFINED, OUT_OF_MEMORY = 70, 71
 PACKAGES_OF_OTHERS = ("site-packages", "dist-packages")  # and whatever lies among them
 MOST_DESCRIPTORS = 256  # of this process, which opens six
-MOST_TEXT = 1000  # characters of an exception's message
+MOST_TEXT = 1000  # characters of an exception's message, and of its arguments
 
 PRELOADED = """
     _strptime abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath cmd codecs collections
@@ -282,12 +282,19 @@ BASES: dict[type, Callable[[Any], Any]] = {
 
 
 def raised(error: BaseException) -> dict[str, Any]:
-    """The names of an exception's classes, from its own upwards, and its message."""
+    """The names of an exception's classes, from its own upwards, its message, and what it was made of, if that is
+    little and plain data."""
     try:
         text = exactly(str(error))
     except BaseException:
         text = ""
-    return {"raised": [exactly(kind.__name__) for kind in type(error).__mro__], "text": text}
+    arguments: list[Any] = []
+    with contextlib.suppress(BaseException):
+        own = list(vars(BaseException)["args"].__get__(error))  # whatever a subclass says
+        if len(json.dumps(plain.encode(own, depth=2))) <= MOST_TEXT:  # as deep as it is in a message
+            arguments = own
+    names = [exactly(kind.__name__) for kind in type(error).__mro__]
+    return {"raised": names, "text": text, "arguments": arguments}
 
 
 def exactly(text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -34,6 +35,7 @@ EXCEPTIONS = {
     for name, kind in vars(builtins).items()
     if isinstance(kind, type) and issubclass(kind, BaseException) and not issubclass(kind, BaseExceptionGroup)
 }
+CODECS = (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)
 ENDINGS = (StopIteration, StopAsyncIteration, GeneratorExit)  # what loops, map and generators take for an end
 
 
@@ -175,17 +177,18 @@ class Remote:
 
     def exception(self, reply: dict[str, Any]) -> tuple[BaseException, str]:
         """What a program raised, as the first of its classes that is Python's own, and the name of its very own one."""
-        names, text = reply.get("raised"), reply.get("text")
+        names, text, arguments = reply.get("raised"), reply.get("text"), reply.get("arguments", [])
         if (
             type(names) is not list
             or not names
             or not all(type(name) is str for name in names)
             or type(text) is not str
+            or type(arguments) is not list
         ):
             self.end("protocol: no message")
         kind = next((EXCEPTIONS[name] for name in names if name in EXCEPTIONS), Exception)
         own_name = names[0] if names[0].isidentifier() and len(names[0]) < 60 else kind.__name__
-        return kind.__new__(kind, text), own_name  # without __init__: some want more arguments
+        return exception_of(kind, arguments, text), own_name
 
     def _opaque(self, kind: str, body: Any) -> Opaque:
         if kind != "opaque" or type(body) is not list or list(map(type, body)) != [str, bool, int]:
@@ -202,6 +205,21 @@ class Remote:
                 x.kept |= like.kept if type(like) is Opaque else {}
             return {"kept": x.kept[self]} if self in x.kept else {"name": f"<{x.kind}>"}  # by which there is nothing
         raise Unfit(f"an argument of type {type(x).__name__} is not plain data")
+
+
+def exception_of(kind: type[BaseException], arguments: list[Any], text: str) -> BaseException:
+    """An exception with this message: made of these arguments if they give it, else of the message alone."""
+    ways: list[list[Any]] = [arguments, [text]]
+    for given in ways:
+        with contextlib.suppress(Exception):
+            if issubclass(kind, CODECS):  # their messages quote what lies there, even outside
+                whole, start, end, _ = given[-4:]
+                if not 0 <= start < end <= len(whole):
+                    continue
+            made = kind(*given)
+            if type(made) is kind and str(made) == text:
+                return made
+    return kind.__new__(kind, text)  # without __init__: some want more arguments
 
 
 def waited_for_processor(pid: int | str) -> float:
@@ -325,8 +343,9 @@ class Checks:
         nodes = list(ast.walk(tree))
         names = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - _defined(nodes)
         names -= vars(builtins).keys() | {"__name__", "__file__"}
-        self.modules = sorted(names & sys.stdlib_module_names)  # what a prompt imports, tests may use
-        self.foreign = sorted(names - sys.stdlib_module_names)
+        bases = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+        self.modules = sorted(names & bases & sys.stdlib_module_names)  # what a prompt imports, tests may use
+        self.foreign = sorted(names.difference(self.modules))
         self.least_total = sum(isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant) for n in nodes)
 
     def run(self, answers: Answers, *, go_on: bool) -> tuple[Outcome, BaseException | None]:

@@ -25,6 +25,8 @@ class Packing:
         lengths: positions of each; 0: it has no place.
         row_length: of a row.
         devices: the number of rows is a multiple of it, one of :func:`num_rows`.
+        turn: texts begin at its multiples; of a model that cuts rows, ``DecoderConfig.turn``: so it cuts a text as when
+            it wrote it.
 
     Attributes:
         num_rows: rows.
@@ -35,7 +37,7 @@ class Packing:
         UserError: one is longer than a row.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, row_length: int, devices: int):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, row_length: int, devices: int, turn: int = 1):
         self._lengths, self._row_length = np.asarray(lengths), row_length
         if self._lengths.max(initial=0) > row_length:
             raise UserError(
@@ -54,7 +56,7 @@ class Packing:
                 parts.append(0)
             parts[row] += 1
             self.row_N[n], self.start_N[n], self.part_N[n] = row, used[row], parts[row]
-            used[row] += size
+            used[row] += -(-size // turn) * turn
         self.num_rows = num_rows(len(used), devices)
 
     def packed(self, x_NT: np.ndarray, empty: Any) -> np.ndarray:
@@ -90,9 +92,9 @@ class Packing:
         return Experience(documents=Documents(self.packed(parts_NT, 0), positions), **found)
 
 
-def packing_of(batch: Experience, row_length: int, devices: int) -> Packing:
+def packing_of(batch: Experience, row_length: int, devices: int, turn: int) -> Packing:
     """For the texts of a batch that count: those whose documents are there."""
-    return Packing(np.asarray(batch.documents.ids_BT > 0).sum(axis=1), row_length, devices)
+    return Packing(np.asarray(batch.documents.ids_BT > 0).sum(axis=1), row_length, devices, turn)
 
 
 def num_rows(used: int, devices: int) -> int:

@@ -114,12 +114,13 @@ def token_pair(pair: Pair, tokenizer: Tokenizer) -> TokenPair:
     return TokenPair(*(tuple(tokenizer.encode_said(str(x)).tolist()) for x in (prompt, chosen, rejected)))
 
 
-def row_size(pair: TokenPair, *, ends: bool) -> int:
+def row_size(pair: TokenPair, *, ends: bool, turn: int = 1) -> int:
     """Positions that :func:`pair_row` puts it into."""
-    return 2 * (1 + len(pair.prompt) + ends) + len(pair.chosen) + len(pair.rejected)
+    chosen, rejected = (1 + len(pair.prompt) + len(text) + ends for text in (pair.chosen, pair.rejected))
+    return -(-chosen // turn) * turn + rejected
 
 
-def pair_row(pair: TokenPair, seq_len: int, end_id: int, *, ends: bool) -> dict[str, np.ndarray]:
+def pair_row(pair: TokenPair, seq_len: int, end_id: int, *, ends: bool, turn: int = 1) -> dict[str, np.ndarray]:
     """A pair as the fields of a row of a ``Batch``, (T,) each: the chosen text is document 1, the other is 2.
 
     The weights of each document add up to 1/2: over its text and the end of it, or, with ``ends``, at the boundary
@@ -130,6 +131,7 @@ def pair_row(pair: TokenPair, seq_len: int, end_id: int, *, ends: bool) -> dict[
         seq_len: T.
         end_id: the boundary.
         ends: whether what is wanted of a text is one number, read at its end.
+        turn: the second document begins at a multiple of it: of a model that cuts rows, ``DecoderConfig.turn``.
     """
     row: dict[str, np.ndarray] = {name: np.full(seq_len, end_id, np.int32) for name in ("tokens", "targets")}
     row |= {name: np.zeros(seq_len, np.int32) for name in ("document_ids", "positions")}
@@ -143,7 +145,7 @@ def pair_row(pair: TokenPair, seq_len: int, end_id: int, *, ends: bool) -> dict[
         row["document_ids"][here], row["positions"][here] = document, np.arange(size)
         counted = 1 if ends else len(text) + 1
         row["loss_weight"][at + size - counted : at + size] = 0.5 / counted
-        at += size
+        at += -(-size // turn) * turn
     return row
 
 

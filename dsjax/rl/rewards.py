@@ -1,6 +1,6 @@
 """Verified rewards: whether a text solves its exercise, and what else it is worth.
 
-    total = sum over parts of weight * part          correct, partial, format, work, length (docs/rewards.md)
+    total = sum over parts of weight * part          correct, partial, format, work, length, learned (docs/rewards.md)
 
 A verdict is 1, 0 or a share between; of a program the share of its hidden tests. Nothing that a text holds makes a
 judge raise: what it can not be judged by is wrong. Where nothing is known, by no fault of the text's, parts and total
@@ -21,8 +21,9 @@ from jaxtyping import Float64
 from dsjax import hosts
 from dsjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from dsjax.data.build.syntax import parsed
+from dsjax.loaded import LoadedModel, load
 from dsjax.rl.answer_pool import PACKAGES, Answer, AnswerPool, Kind
-from dsjax.rl.answers import boxed, normalised, reaches, unmarked, whole_number
+from dsjax.rl.answers import boxed, normalised, reaches, unmarked, whole_number, words
 from dsjax.rl.completions import program_of
 from dsjax.rl.exercises.exercise import Exercise, Family
 from dsjax.rl.exercises.form import AnswerForm
@@ -31,6 +32,7 @@ from dsjax.rl.sandbox import Program, Sandbox
 
 # Characters of an answer that is judged at all: so many, or so many times what the right one has; more of unknown ones.
 MOST_CHARACTERS, MOST_TIMES, MOST_UNKNOWN = 400, 4, 2**14
+MAY_BE_BOXED = ("math", "words")  # scorers of answers that people and models put into \boxed{}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,8 @@ class RewardConfig:
             has some; a program if it parses.
         work: share of the known solution's work that the text begins with, word by word.
         length: from 0 at ``length_from`` tokens to -1 at ``length_to`` and beyond.
+        learned: what a model of rewards gives the text behind its prompt (docs/preference.md), of any size and sign.
+        model: folder of that model's run.
         length_from, length_to: see ``length``.
         workers: programs or answers that are judged at the same time.
         seconds: of processor time for an answer that takes mathematics or reasoning-gym to judge.
@@ -54,17 +58,27 @@ class RewardConfig:
     format: NonNegativeFloat = 0.0
     work: NonNegativeFloat = 0.0
     length: NonNegativeFloat = 0.0
+    learned: NonNegativeFloat = 0.0
+    model: str = ""
     length_from: NonNegativeInt = 0
     length_to: PositiveInt = 1024
     workers: PositiveInt = 2
     seconds: PositiveFloat = 5.0
 
     def validate(self) -> None:
-        """Raises ``UserError`` for lengths in the wrong order, or if nothing is worth anything."""
+        """Raises ``UserError`` for lengths in the wrong order, a model without its weight or the other way round, or if
+        nothing is worth anything."""
         if self.length_from >= self.length_to:
             raise UserError(f"length_from is {self.length_from}; it must be below length_to, {self.length_to}")
-        if not any((self.correct, self.partial, self.format, self.work)):
-            raise UserError("correct, partial, format and work are 0; one of them must be above, or nothing is learned")
+        if bool(self.learned) != bool(self.model):
+            raise UserError(
+                f"learned is {self.learned:g}, and model {self.model!r}; a model of rewards takes a weight and the"
+                " folder of its run"
+            )
+        if not any((self.correct, self.partial, self.format, self.work, self.learned)):
+            raise UserError(
+                "correct, partial, format, work and learned are 0; one of them must be above, or nothing is learned"
+            )
 
 
 @runtime_checkable
@@ -93,7 +107,8 @@ class Rewarded:
 
     Attributes:
         total_N: the sum of the parts by their weights; NaN: unknown.
-        parts: each without its weight. "correct" and "partial" are NaN where unknown.
+        parts: each without its weight. "correct", "partial" and "learned" are NaN where unknown; the last is there if
+            it has a weight.
         answers: what each text gives as its answer, of a program its source; empty: nothing.
         reasons: why an answer is not right, where there is more to say of it, or why nothing is known.
     """
@@ -116,7 +131,8 @@ class Rewards:
         cfg: the weights.
         families: whose exercises are judged, by name.
 
-    Raises ``UserError`` if what judges them is not there: a package, or anything that can confine programs.
+    Raises ``UserError`` if what judges them is not there: a package, anything that can confine programs, or a model of
+    rewards.
     """
 
     def __init__(self, cfg: RewardConfig, families: Mapping[str, Family]) -> None:
@@ -127,6 +143,7 @@ class Rewards:
             if kind in scorers and importlib.util.find_spec(module) is None:
                 raise UserError(f"{scorers[kind]} is judged by {package}: pip install 'dsjax[math]'")
         self._sandbox = Sandbox(cfg.workers) if "program" in scorers and not hosts.index() else None
+        self._model = _reward_model(cfg.model) if cfg.learned and not hosts.index() else None
         self._pool = AnswerPool(cfg.workers, cfg.seconds)
         self.close = weakref.finalize(self, _close, self._pool, self._sandbox)
 
@@ -150,11 +167,28 @@ class Rewards:
             "work": work_shown(exercises, texts, forms),
             "length": shortness([len(text.tokens) + text.ended for text in texts], cfg.length_from, cfg.length_to),
         }
+        reasons = [verdict.reason for verdict in found]
+        if cfg.learned:
+            parts["learned"] = self._learned(exercises, texts)
+            for n in np.flatnonzero(np.isnan(parts["learned"])):
+                reasons[n] = reasons[n] or "longer than what the model of rewards reads"
         total_N = np.zeros(len(texts))
         for name, x_N in parts.items():
             if weight := getattr(cfg, name):  # 0 times unknown is 0
                 total_N += weight * x_N
-        return Rewarded(total_N, parts, tuple(a or "" for a in answers), tuple(v.reason for v in found))
+        return Rewarded(total_N, parts, tuple(a or "" for a in answers), tuple(reasons))
+
+    def _learned(self, exercises: Sequence[Exercise], texts: Sequence[Text]) -> Float64[np.ndarray, " N"]:
+        """What the model of rewards gives each text; NaN where it has no room for it."""
+        told = None
+        if (model := self._model) is not None:
+            asked = [
+                (e.prompt, t.text.encode(errors="replace").decode()) for e, t in zip(exercises, texts, strict=True)
+            ]
+            fits = [n for n, both in enumerate(asked) if len(model.whole_text(*both)) <= model.max_length]
+            found = model.rewards([asked[n][0] for n in fits], [asked[n][1] for n in fits])
+            told = list(map(dict(zip(fits, found.tolist(), strict=True)).get, range(len(texts))))
+        return np.array(hosts.exchange("learned rewards", told)[0], np.float64)
 
     def verdicts(self, exercises: Sequence[Exercise], answers: Sequence[str | None]) -> list[Verdict]:
         """What is known of each answer to its exercise. Equal ones are judged once."""
@@ -192,6 +226,14 @@ def _scorers(family: Family) -> set[str]:
     return {family.exercise(level, number).scorer for level, number in places}
 
 
+def _reward_model(path: str) -> LoadedModel:
+    """Raises ``UserError`` if it is none."""
+    model = load(path)
+    if model.w_values_D is None:
+        raise UserError(f"rewards.model is {path}, which gives no rewards; name there a run of method=reward")
+    return model
+
+
 def _close(pool: AnswerPool, sandbox: Sandbox | None) -> None:
     pool.close()
     if sandbox is not None:
@@ -205,7 +247,7 @@ def answer_of(exercise: Exercise, text: Text, form: AnswerForm) -> str | None:
     """What a text gives as its answer, of a program its source; None: it gives none."""
     if exercise.scorer != "program":
         answer = form.answer(text.text, text.ended)
-        if exercise.scorer != "math":
+        if exercise.scorer not in MAY_BE_BOXED:
             return answer
         found = boxed(text.text if answer is None else answer) or answer  # people and models box what they mean
         return found and unmarked(found)
@@ -226,11 +268,13 @@ def at_once(exercise: Exercise, answer: str | None) -> Verdict | None:
     if exercise.scorer == "arithmetic":
         data = exercise.data
         return Verdict(float(reaches(answer, data["numbers"], data["target"], data["operators"], every=data["all"])))
-    known = unmarked(exercise.answer) if exercise.scorer == "math" else exercise.answer
+    known = unmarked(exercise.answer) if exercise.scorer in MAY_BE_BOXED else exercise.answer
     if known and normalised(answer) == normalised(known):
         return Verdict(1.0)
     if exercise.scorer == "exact":
         return Verdict(0.0)
+    if exercise.scorer == "words":
+        return Verdict(float(words(known) == words(answer) is not None))
     if exercise.scorer == "math":
         right, given = whole_number(known), whole_number(answer)
         if right is not None and given is not None:

@@ -32,7 +32,7 @@ from dsjax.evals.solved import Solved, prompt_tokens
 from dsjax.infer.sampling import SamplingConfig
 from dsjax.metrics import Progress, write_atomic
 from dsjax.rl.exercises.config import ExercisesConfig, families_of
-from dsjax.rl.exercises.exercise import Exercise, Family, draw
+from dsjax.rl.exercises.exercise import Exercise, Family, draw, numbers_of
 from dsjax.rl.preference import best_and_worst, best_of
 from dsjax.rl.rewards import RewardConfig, Rewards
 from dsjax.runs import RunFolder
@@ -41,7 +41,7 @@ from dsjax.train.kept_texts import WRITTEN, Group, Journal, in_lines, judged
 from dsjax.train.lora import whole_weights
 from dsjax.train.pretrain import Pretrain, Regime, fixed_part, next_token_parts
 from dsjax.train.start import Start, inherited
-from dsjax.train.step import Trainer, next_token_loss
+from dsjax.train.step import Trainer
 from dsjax.train.writing import WritingConfig, begun, check_prompts, check_writing, make_sampler
 
 Say = Callable[[str], None]
@@ -102,6 +102,9 @@ class BestOf(Pretrain):
             raise UserError("train.start_from is empty; name there the run whose model is to write")
         self.rollout.check_room(self.data.seq_len)
 
+    def begins(self, run_folder: RunFolder) -> tuple[BestOf, Tokenizer]:
+        return inherited(self, run_folder, values="none", plain="picked texts")
+
 
 # ---------------------------------------------------------------- run
 
@@ -120,7 +123,7 @@ def run(config: BestOf, folder: pathlib.Path, *, quiet: bool = False) -> int:
     run_folder = RunFolder(folder)
     run_folder.check()
     families = families_of(config.exercises)
-    config, tokenizer = inherited(config, run_folder, values="none", plain="picked texts")
+    config, tokenizer = config.begins(run_folder)
     check(config)
     exercises, held_out = drawn(config, families, tokenizer), evaluated(config, families)
     facts = told(config, exercises)
@@ -135,7 +138,7 @@ def run(config: BestOf, folder: pathlib.Path, *, quiet: bool = False) -> int:
             say(f"writing: {config.rollout.samples} texts for each of {missing:,} exercises")
             write(config, start, exercises, families, tokenizer, journal, quiet=quiet)
     picked = keep_best(config, run_folder, exercises, journal.groups, say)
-    regime = Regime(next_token_loss, functools.partial(material, tokenizer, picked, held_out), next_token_parts)
+    regime = Regime(functools.partial(material, tokenizer, picked, held_out), next_token_parts)
     return pretrain.run(config, folder, quiet=quiet, regime=regime)
 
 
@@ -161,18 +164,22 @@ def drawn(config: BestOf, families: Mapping[str, Family], tokenizer: Tokenizer) 
 
 
 def evaluated(config: BestOf, families: Mapping[str, Family]) -> list[Exercise]:
-    """Exercises whose known solutions are scored every ``train.eval_every`` steps, of the validation side.
+    """Exercises whose known solutions are scored every ``train.eval_every`` steps, of the validation side. A level of
+    a file that has nothing there is left out.
 
     Raises:
         UserError: none has a known solution.
     """
+    if not config.train.eval_every:
+        return []
     found = [
         exercise
         for family in families.values()
         for level in family.levels
+        if family.size(level) is None or numbers_of(family, level, "validation")
         for exercise in draw(family, level, "validation", seed=0, num=4)
     ]
-    if config.train.eval_every and not any(exercise.solution for exercise in found):
+    if not any(exercise.solution for exercise in found):
         raise UserError(
             f"train.eval_every is {config.train.eval_every}, but none of the exercises of {', '.join(families)} has a"
             " known solution to score; set it to 0 (dsjax eval asks what the run solves)"

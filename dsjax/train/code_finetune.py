@@ -30,6 +30,7 @@ from dsjax.data.prepare import Corpus, prepare
 from dsjax.data.structure.errors import BROKEN, REPAIR
 from dsjax.data.structure.repair import with_repairs
 from dsjax.data.structure.stored import with_structure
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.evals.written_programs import Asked, WrittenPrograms, figures, problems_of, whole
 from dsjax.infer.engine import placed
 from dsjax.models.decoder import Decoder
@@ -104,6 +105,13 @@ class CodeFinetune(Pretrain):
                 f" {self.train.accumulate}, whose micro-batches share it out"
             )
 
+    @property
+    def loss_fn(self) -> LossFunction:
+        return joint_loss(self.risk)
+
+    def begins(self, run_folder: RunFolder) -> tuple[CodeFinetune, Tokenizer | None]:
+        return inherited(self, run_folder) if self.inherit and self.train.start_from else (self, None)
+
 
 # ---------------------------------------------------------------- loss
 
@@ -129,7 +137,7 @@ def joint_loss(cfg: RiskConfig) -> LossFunction:
 
 def check(config: CodeFinetune) -> tuple[Any, Any]:
     """See :func:`dsjax.train.pretrain.check`; also whether programs can be written on this mesh, and judged."""
-    mesh, trainer = pretrain.check(config, joint_loss(config.risk))
+    mesh, trainer = pretrain.check(config)
     graph, params, buffers = split_variables(nnx.eval_shape(lambda: pretrain.make_model(config, nnx.Rngs(0))))
     placed(graph, joined(params, buffers), mesh, mesh.shape["data"] * mesh.shape["expert"])
     if config.risk.weight and config.risk.bleu and importlib.util.find_spec("sacrebleu") is None:
@@ -148,12 +156,11 @@ def check(config: CodeFinetune) -> tuple[Any, Any]:
 
 def run(config: CodeFinetune, folder: pathlib.Path, *, quiet: bool = False) -> int:
     """Trains, or goes on with, the run in ``folder``; returns the exit code."""
-    if config.inherit and config.train.start_from:
-        config = inherited(config, RunFolder(folder))[0]
+    config = config.begins(RunFolder(folder))[0]
     check(config)
     asked = problems_of(asked_for(config.select))  # a file that is not there is known now
     with Sandbox(workers=config.select.workers) as sandbox:  # before anything is read: whether there can be one
-        regime = Regime(joint_loss(config.risk), material, functools.partial(parts, sandbox, asked))
+        regime = Regime(material, functools.partial(parts, sandbox, asked))
         return pretrain.run(config, folder, quiet=quiet, regime=regime)
 
 

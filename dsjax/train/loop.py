@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import time
@@ -45,6 +46,7 @@ class Counters:
         bad_in_a_row: such steps since the last good one.
         rollbacks: returns to a checkpoint.
         asked_steps: ``train.steps`` when the plan was made.
+        asked_minutes: ``train.max_minutes`` then; None: not known.
         capacity: of the :class:`~dsjax.train.capacity.Controller`.
         alarm: of the :class:`~dsjax.train.alarms.CollapseAlarm`.
     """
@@ -52,6 +54,7 @@ class Counters:
     iteration: int = 0
     total_steps: int = 0
     asked_steps: int = 0
+    asked_minutes: float | None = None
     bad_in_a_row: int = 0
     tokens_seen: int = 0
     skipped: int = 0
@@ -194,7 +197,7 @@ def train(config: Any, run: RunFolder, job: Job, state: TrainState, counters: Co
             if job.checkpoints.newest != counters.iteration:
                 save(job, state, counters)
             if first:
-                plot_loss(log.records, run.path / "loss.png", title=run.path.name)  # while the checkpoint is written
+                plot_loss(log.records, run.path / "loss.png", title=run.name)  # while the checkpoint is written
             job.checkpoints.wait()
         if counters.iteration < counters.total_steps:
             why = stop.received or "another process was asked to stop"
@@ -219,9 +222,10 @@ def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
     Raises:
         UserError: the checkpoint is of other data, does not fit the model, or lies behind the steps asked for.
     """
-    asked = config.train.steps
+    asked, minutes = config.train.steps, config.train.max_minutes
     if job.checkpoints.empty():
-        return new_state(job, config.train.seed), Counters(total_steps=asked, asked_steps=asked)
+        counters = Counters(total_steps=asked, asked_steps=asked, asked_minutes=minutes)
+        return new_state(job, config.train.seed), counters
     state, host, _ = job.checkpoints.restore(job.trainer.shapes.moving)
     job.batches.set_state(host["data"], changes=job.data_changes())
     counters = Counters(**host["loop"])
@@ -229,8 +233,11 @@ def restore_or_init(config: Any, job: Job) -> tuple[TrainState, Counters]:
         raise UserError(
             f"train.steps is {asked}; the run in {job.checkpoints.folder.parent} is at step {counters.iteration}"
         )
-    if counters.asked_steps != asked:  # the user asks for another length
-        counters.total_steps = counters.asked_steps = asked
+    before = counters.asked_minutes
+    more_time = before is not None and (minutes or math.inf) > (before or math.inf)
+    if counters.asked_steps != asked or more_time:  # the user asks for another length
+        counters.total_steps = asked
+    counters.asked_steps, counters.asked_minutes = asked, minutes
     return dataclasses.replace(state, frozen=job.frozen()), counters
 
 

@@ -131,8 +131,8 @@ class Scorer:
 
         Rows are looked at as many at a time as an update has.
         """
-        updates = self._cfg.update.minibatches
-        packing = packing_of(texts, self._cfg.data.seq_len, updates * row_devices(self._cfg, self._mesh))
+        updates, cfg = self._cfg.update.minibatches, self._cfg
+        packing = packing_of(texts, cfg.data.seq_len, updates * row_devices(cfg, self._mesh), cfg.model.turn)
         step = packing.num_rows // updates
         rows, found = packing.experience(texts, self._end_id), list[dict[str, np.ndarray]]()
         for first in range(0, packing.num_rows, step):
@@ -199,7 +199,7 @@ class Practice:
         updates, devices, end_id = list[Experience](), row_devices(self._cfg, self._mesh), self._tokenizer.end_id
         for texts in parts:
             some = minibatch(experience, texts, self._cfg.policy.aggregate, rollout.max_tokens)
-            packing = packing_of(some, self._cfg.data.seq_len, devices)
+            packing = packing_of(some, self._cfg.data.seq_len, devices, self._cfg.model.turn)
             updates.append(place_experience(packing.experience(some, end_id), self._mesh))
         metrics |= metrics_of(written, worth) | self._course.metrics() | watch.metrics()
         return Updates(tuple(updates), metrics)

@@ -110,6 +110,21 @@ class Preference(Pretrain):
         if not self.train.start_from:
             raise UserError("train.start_from is empty; name there the run whose model is to learn from pairs")
 
+    @property
+    def loss_fn(self) -> LossFunction:
+        return preference_loss(self.method, self.labels)
+
+    def step_batch(self, mesh: Any) -> Batch:
+        plain = super().step_batch(mesh)
+        if self.method == "reward":
+            return plain
+        place = jax.sharding.NamedSharding(mesh, Rules().spec("batch"))
+        reference_B2 = jax.ShapeDtypeStruct((self.data.batch_size, 2), jnp.float32, sharding=place)
+        return PairBatch(**vars(plain), reference_B2=reference_B2)
+
+    def begins(self, run_folder: RunFolder) -> tuple[Preference, Tokenizer]:
+        return inherited(self, run_folder, values="head" if self.method == "reward" else "none", plain="pairs")
+
 
 # ---------------------------------------------------------------- loss
 
@@ -150,27 +165,14 @@ def preference_loss(method: Literal["dpo", "reward"], labels: LabelConfig) -> Lo
 
 def check(config: Preference) -> tuple[Any, Any]:
     """See :func:`dsjax.train.pretrain.check`."""
-    return pretrain.check(config, preference_loss(config.method, config.labels))
+    return pretrain.check(config)
 
 
 def run(config: Preference, folder: pathlib.Path, *, quiet: bool = False) -> int:
     """Trains, or goes on with, the run in ``folder``; returns the exit code."""
-    values = "head" if config.method == "reward" else "none"
-    config, tokenizer = inherited(config, RunFolder(folder), values=values, plain="pairs")
+    config, tokenizer = config.begins(RunFolder(folder))
     check(config)
-    loss_fn = preference_loss(config.method, config.labels)
-    regime = Regime(loss_fn, functools.partial(material, tokenizer), parts, first_batch=first_batch)
-    return pretrain.run(config, folder, quiet=quiet, regime=regime)
-
-
-def first_batch(config: Preference, mesh: Any) -> Batch:
-    """The abstract batch that the step takes."""
-    plain = pretrain.batch_shapes(config, mesh)
-    if config.method == "reward":
-        return plain
-    place = jax.sharding.NamedSharding(mesh, Rules().spec("batch"))
-    reference_B2 = jax.ShapeDtypeStruct((config.data.batch_size, 2), jnp.float32, sharding=place)
-    return PairBatch(**vars(plain), reference_B2=reference_B2)
+    return pretrain.run(config, folder, quiet=quiet, regime=Regime(functools.partial(material, tokenizer), parts))
 
 
 # ---------------------------------------------------------------- rows
@@ -186,7 +188,7 @@ class PairRows:
     def __init__(self, training: Sequence[TokenPair], held_out: Sequence[TokenPair], config: Preference, end_id: int):
         self.training, self.held_out = tuple(training), tuple(held_out)
         self._seq_len, self._seed, self._end_id = config.data.seq_len, config.data.seed, end_id
-        self._ends = config.method == "reward"
+        self._ends, self._turn = config.method == "reward", config.model.turn
         # Two, because the threads that read ahead may be in the next epoch already.
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
@@ -206,7 +208,7 @@ class PairRows:
 
     def row(self, pair: TokenPair) -> dict[str, np.ndarray]:
         """One pair as a row."""
-        return pair_row(pair, self._seq_len, self._end_id, ends=self._ends)
+        return pair_row(pair, self._seq_len, self._end_id, ends=self._ends, turn=self._turn)
 
     def batch(self, pairs: Sequence[TokenPair], size: int) -> Batch:
         """Some pairs as a batch of ``size`` rows; behind them is padding."""
@@ -232,7 +234,8 @@ def material(tokenizer: Tokenizer, config: Preference, say: Say) -> tuple[Prefer
     fitting = list[list[TokenPair]]()
     for name, pairs in (("learn from", training), ("hold out", held_out)):
         found = [token_pair(pair, tokenizer) for pair in pairs]
-        fits = [p for p in found if row_size(p, ends=config.method == "reward") <= config.data.seq_len]
+        size = functools.partial(row_size, ends=config.method == "reward", turn=config.model.turn)
+        fits = [pair for pair in found if size(pair) <= config.data.seq_len]
         if not fits:
             raise UserError(
                 f"data.seq_len is {config.data.seq_len}; of {len(found)} pairs to {name} none fits into a row with both"

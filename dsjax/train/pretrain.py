@@ -29,11 +29,14 @@ from dsjax.data.batch import Batch
 from dsjax.data.pipeline import make_batches
 from dsjax.data.prepare import Corpus, CorpusReport, DataConfig
 from dsjax.data.structure.stored import prepared
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.evals.bits import bits_per_byte, document_bits
 from dsjax.models.decoder import ComputeConfig, Decoder, DecoderConfig
+from dsjax.models.multi_token import MULTI_TOKEN
 from dsjax.nn.fields import NUM_FIELDS
 from dsjax.nn.lora import LoraConfig
 from dsjax.nn.masks import Documents
+from dsjax.nn.moe import MoEConfig
 from dsjax.nn.placement import placed_anew
 from dsjax.nn.quantize import BITS
 from dsjax.runs import RunFolder, cache_dir
@@ -42,7 +45,7 @@ from dsjax.sharding import MeshConfig, Rules, host_array_to_global, make_mesh, r
 from dsjax.train.capacity import CompiledSteps
 from dsjax.train.loop import Job, restore_or_init, train
 from dsjax.train.optimizer import OptimConfig
-from dsjax.train.start import Start
+from dsjax.train.start import CRITIC, Start
 from dsjax.train.step import LossFunction, Trainer, TrainState, make_trainer, next_token_loss
 
 
@@ -116,6 +119,23 @@ class Pretrain:
                 " beside whose weights pairs are trained"
             )
 
+    @property
+    def loss_fn(self) -> LossFunction:
+        """What its step descends."""
+        return next_token_loss
+
+    def step_batch(self, mesh: Any) -> Batch:
+        """The abstract batch that its step takes."""
+        return batch_shapes(self, mesh)
+
+    def begins(self, run_folder: RunFolder) -> tuple[Any, Tokenizer | None]:
+        """The config with the model that the run in ``run_folder`` begins with, and the tokenizer, if another run says.
+
+        Raises:
+            UserError: there is no such run.
+        """
+        return self, None
+
 
 def make_model(config: Pretrain, rngs: nnx.Rngs) -> Decoder:
     """The model of a config, with new weights."""
@@ -137,10 +157,9 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
-    """What a way of training has of its own; :func:`run` is the same for all.
+    """What a way of training has of its own, beside what its config says; :func:`run` is the same for all.
 
     Attributes:
-        loss_fn: what is descended.
         material: (config, say) -> (config, corpus, rows): what is trained on; the config with what only that can tell;
             and the rows in their order, or none: the mixture of the sources.
         parts: what the loop gets of its own, by the names of :class:`~dsjax.train.loop.Job`; ``evaluate`` at least.
@@ -149,16 +168,13 @@ class Regime:
         stepping: (step of one update) -> what the loop calls for each batch.
     """
 
-    loss_fn: LossFunction
     material: Callable[[Any, Callable[[str], None]], tuple[Any, Corpus, Any]]
     parts: Callable[[Setting], dict[str, Any]]
-    first_batch: Callable[[Any, Any], Batch] = lambda config, mesh: batch_shapes(config, mesh)
+    first_batch: Callable[[Any, Any], Batch] = lambda config, mesh: config.step_batch(mesh)
     stepping: Callable[[Any], Any] = lambda step: step
 
 
-def build(
-    config: Pretrain, devices: list[Any] | None = None, loss_fn: LossFunction = next_token_loss
-) -> tuple[Any, Trainer]:
+def build(config: Pretrain, devices: list[Any] | None = None) -> tuple[Any, Trainer]:
     """The mesh over ``devices`` (None: all) and the step functions of a config; nothing is computed.
 
     Raises:
@@ -182,7 +198,7 @@ def build(
         config.optim,
         mesh,
         accumulate=config.train.accumulate,
-        loss_fn=loss_fn,
+        loss_fn=config.loss_fn,
         rules=rules,
         lora=config.lora,
     )
@@ -190,7 +206,7 @@ def build(
 
 
 def batch_shapes(config: Pretrain, mesh: Any) -> Batch:
-    """The abstract batch that the step takes."""
+    """An abstract batch of documents."""
     place = jax.sharding.NamedSharding(mesh, Rules().spec("batch", "length"))
     shape = (config.data.batch_size, config.data.seq_len)
 
@@ -204,7 +220,7 @@ def batch_shapes(config: Pretrain, mesh: Any) -> Batch:
     return Batch(array(ints), array(ints), array(jnp.float32), Documents(array(ints), array(ints)), features)
 
 
-def check(config: Pretrain, loss_fn: LossFunction = next_token_loss) -> tuple[Any, Trainer]:
+def check(config: Pretrain) -> tuple[Any, Trainer]:
     """Finds what can be known to be wrong before anything is read or compiled; the result of :func:`build`.
 
     Raises:
@@ -221,7 +237,7 @@ def check(config: Pretrain, loss_fn: LossFunction = next_token_loss) -> tuple[An
         )
     if config.log.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("log.tensorboard is true, but tensorboardX is not installed: pip install 'dsjax[tensorboard]'")
-    return build(config, loss_fn=loss_fn)
+    return build(config)
 
 
 def least_bytes(config: Pretrain) -> int:
@@ -240,7 +256,7 @@ def least_bytes(config: Pretrain) -> int:
 
 def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False, regime: Regime | None = None) -> int:
     """Trains, or goes on with, the run in ``folder``, as ``regime`` says (None: next tokens); returns the exit code."""
-    regime = regime or Regime(next_token_loss, next_token_material, next_token_parts)
+    regime = regime or Regime(next_token_material, next_token_parts)
     begin = time.perf_counter()
     quiet = quiet or hosts.index() > 0  # one process speaks for all
     say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
@@ -248,7 +264,7 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False, regime: 
     # ---------------------------------------------------------------- mesh, model, optimizer
     hosts.same("config", without_paths(config))
     hosts.same("version", {"jax": jax.__version__, "dsjax": dsjax.__version__})
-    mesh, trainer = check(config, regime.loss_fn)
+    mesh, trainer = check(config)
     model = config.model
     say(f"model: {model.num_params():,} parameters ({model.num_active_params():,} active) on {mesh.size} device(s)")
     if config.lora.targets:
@@ -307,7 +323,7 @@ def run(config: Pretrain, folder: pathlib.Path, *, quiet: bool = False, regime: 
             start=None if source is None else functools.partial(source.with_weights, trainer),
             frozen=dict if source is None else functools.partial(source.frozen, trainer),
             place_experts=expert_placement(config, mesh),
-            experts={name: (moe.num_experts, moe.top_k) for name, moe in model.experts().items()},
+            experts={name: (moe.num_experts, moe.top_k) for name, moe in routed(model).items()},
             **own,
         )
         state, counters = restore_or_init(config, job)
@@ -400,6 +416,14 @@ def compile_step(trainer: Trainer, batch: Batch, factor: float | None = None) ->
     largest."""
     total, step = jax.ShapeDtypeStruct((), jnp.int32), cast(Any, trainer.step)
     return step.lower(trainer.shapes, batch, total, factor).compile()
+
+
+def routed(model: DecoderConfig) -> dict[str, MoEConfig]:
+    """Layers of experts by the names that are logged: of the groups, of multi-token modules, and of a critic."""
+    experts, last = model.experts(), model.groups[-1].ffn
+    of_critic = {} if model.critic is None else {f"{CRITIC}{name}": moe for name, moe in experts.items()}
+    of_modules = {MULTI_TOKEN: last} if model.multi_token is not None and isinstance(last, MoEConfig) else {}
+    return experts | of_modules | of_critic
 
 
 def expert_placement(config: Pretrain, mesh: Any) -> Callable[[TrainState], TrainState] | None:

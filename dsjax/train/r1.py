@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -60,7 +61,7 @@ from dsjax.train.r1_report import (
     spent_on,
 )
 from dsjax.train.start import Start, inherited
-from dsjax.train.step import TrainState
+from dsjax.train.step import LossFunction, TrainState
 from dsjax.train.supervised import exercise_corpus, level_mix, supervised
 from dsjax.train.writing import begun, check_course, check_prompts, check_writing, make_sampler
 
@@ -141,14 +142,26 @@ class R1(Pretrain):
         """What a text is compared with."""
         return self.algorithm.switches()[1]
 
+    @property
+    def loss_fn(self) -> LossFunction:
+        return policy_loss(self.policy, temperature=self.rollout.temperature)
+
+    def step_batch(self, mesh: Any) -> Experience:
+        return update_shapes(self, mesh, self.data.batch_size)
+
+    def begins(self, run_folder: RunFolder) -> tuple[R1, Tokenizer]:
+        if self.train.start_from:
+            return inherited(self, run_folder, values=self.model.values)
+        path = self.data.tokenizer_path
+        return self, load_tokenizer(path, end_token=self.data.end_token) if path else byte_tokenizer()
+
 
 # ---------------------------------------------------------------- runs
 
 
 def check(config: R1) -> tuple[Any, Any]:
     """See :func:`dsjax.train.pretrain.check`; also whether texts can be written on this mesh, and split over it."""
-    loss_fn = policy_loss(config.policy, temperature=config.rollout.temperature)
-    mesh, trainer = pretrain.check(of_updates(config), loss_fn)
+    mesh, trainer = pretrain.check(of_updates(config))
     check_writing(config.rollout, mesh, trainer)
     return mesh, trainer
 
@@ -161,7 +174,7 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
     run_folder.check()
     families = families_of(config.exercises)
     named_levels(config, families)
-    config, tokenizer = begins(config, run_folder)
+    config, tokenizer = config.begins(run_folder)
     asked = held_out(config, families) if reports else []  # now, not behind hours of training
     check_prompts(asked + validated_on(config, families), tokenizer, config.rollout, config.data.seq_len)
     check_course(families.values(), tokenizer, config.rollout, config.data.seq_len, say)
@@ -177,7 +190,6 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, start_from=str(start)))
             say("reinforcement learning")
         regime = Regime(
-            policy_loss(config.policy, temperature=config.rollout.temperature),
             functools.partial(material, tokenizer),
             functools.partial(parts, families, rewards),
             first_batch=first_batch,
@@ -199,18 +211,6 @@ def run(config: R1, folder: pathlib.Path, *, quiet: bool = False, reports: bool 
 def byte_tokenizer() -> Tokenizer:
     """A token for each byte, and the boundary."""
     return train_tokenizer([], 257)
-
-
-def begins(config: R1, run_folder: RunFolder) -> tuple[R1, Tokenizer]:
-    """The config with the model that RL begins with, if there is a run that says so; and the tokenizer.
-
-    Raises:
-        UserError: there is no such run, or it has no tokenizer.
-    """
-    if config.train.start_from:
-        return inherited(config, run_folder, values=config.model.values)
-    path = config.data.tokenizer_path
-    return config, load_tokenizer(path, end_token=config.data.end_token) if path else byte_tokenizer()
 
 
 def of_updates(config: R1) -> R1:
@@ -264,13 +264,7 @@ def solutions(
             f"warm_start.steps is {warm.steps}, but none of the exercises of {', '.join(families)} has a solution to"
             " learn; set it to 0 and name a run as train.start_from"
         )
-    held_out = [
-        exercise
-        for family in families.values()
-        for level in family.levels
-        for exercise in draw(family, level, "validation", seed=0, num=4)
-    ]
-    return supervised(tokenizer, training, held_out, learned_tokens=learned)
+    return supervised(tokenizer, training, (), learned_tokens=learned)  # neither is evaluated on the way
 
 
 # ---------------------------------------------------------------- reinforcement learning
@@ -434,10 +428,14 @@ def validation(
 
 def summary(values: Mapping[str, float]) -> str:
     """An iteration in some words."""
-    kl = f"  KL {values['rl/kl']:.3f}" if "rl/kl" in values else ""
+
+    def said(name: str, form: str) -> str:
+        return format(values[name], form) if math.isfinite(values.get(name, math.nan)) else "unknown"
+
+    kl = f"KL {said('rl/kl', '.3f')}" if "rl/kl" in values else f"KL to the writer {said('rl/kl_old', '.3f')}"
     return (
-        f"reward {values['rl/reward']:.3f}  correct {values['rl/correct']:.0%}{kl}  length {values['rl/length']:.1f}"
-        f"  phase {values['curriculum/phase']:.0f}"
+        f"reward {said('rl/reward', '.3f')}  correct {said('rl/correct', '.0%')}  {kl}"
+        f"  length {said('rl/length', '.1f')}  phase {said('curriculum/phase', '.0f')}"
     )
 
 
@@ -459,7 +457,7 @@ def report(
         runs["sft_control"] = RunFolder(run_folder.path / CONTROL)
     levels = named_levels(config, families)
     say(f"report: {len(exercises):,} held-out exercises, {len(runs)} models")
-    mesh, trainer = pretrain.build(of_updates(config), loss_fn=policy_loss(config.policy))
+    mesh, trainer = pretrain.build(of_updates(config))
     tables = solved_by(config, trainer, config.rollout.devices(mesh), runs, exercises, rewards)
     if hosts.index():
         return

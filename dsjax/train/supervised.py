@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dsjax.data.prepare import Corpus, CorpusReport, HeldOut, TokenStore
+from dsjax.data.structure.stored import scanner
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.nn.fields import NUM_FIELDS
+from dsjax.nn.structure import StructureConfig
 from dsjax.rl.exercises.exercise import Exercise
 from dsjax.train.curriculum import CourseConfig, CourseRows
 from dsjax.train.pretrain import Pretrain, Regime, next_token_parts
-from dsjax.train.step import next_token_loss
 
 ONE_STAGE = CourseConfig(order=0.0)
 
@@ -36,7 +39,7 @@ def supervised(
     ``train.steps`` says.
     """
     found = functools.partial(material, tokenizer, training, held_out, learned_tokens)
-    return Regime(next_token_loss, found, next_token_parts)
+    return Regime(found, next_token_parts)
 
 
 def material(
@@ -49,7 +52,7 @@ def material(
 ) -> tuple[Pretrain, Corpus, CourseRows]:
     """The exercises as a corpus, and its rows: whole documents, in an order drawn anew in each epoch."""
     del say
-    corpus = exercise_corpus(tokenizer, training, held_out)
+    corpus = with_features(exercise_corpus(tokenizer, training, held_out), config.model.structure)
     data, store = config.data, corpus.stores[0]
     rows = CourseRows(corpus, ONE_STAGE, seq_len=data.seq_len, batch_size=data.batch_size, seed=data.seed)
     if learned_tokens is not None:
@@ -70,7 +73,8 @@ def exercise_corpus(tokenizer: Tokenizer, training: Sequence[Exercise], held_out
     parts, sizes = list[tuple[np.ndarray, int]](), list[int]()
     for exercise in training:
         if exercise.solution:
-            prompt, solution = tokenizer.encode(exercise.prompt), tokenizer.encode(exercise.solution)
+            said = tokenizer.said([exercise.prompt, exercise.solution])
+            prompt, solution = (tokenizer.encode_said(str(form)) for form in said)
             parts += [(prompt, 0), (solution, 1)]
             sizes.append(prompt.size + solution.size)
     nothing = np.zeros(0, np.int32)
@@ -97,6 +101,20 @@ def exercise_corpus(tokenizer: Tokenizer, training: Sequence[Exercise], held_out
     )
     store = TokenStore(tokens, offsets, weights=weights)
     return Corpus((store,), documents, tokenizer, digest.hexdigest(), report, content=digest.hexdigest())
+
+
+def with_features(corpus: Corpus, structure: StructureConfig | None) -> Corpus:
+    """The corpus of some exercises with what a model is told of their tokens, if it is told any: prompt and solution
+    are one text to it, as when it writes."""
+    if structure is None:
+        return corpus
+    (store,), at_start = corpus.stores, scanner(structure.language, corpus.tokenizer)
+    found = [at_start.copy().scan(store.tokens[begin:end]) for begin, end in itertools.pairwise(store.offsets)]
+    features = np.concatenate([np.zeros((0, NUM_FIELDS)), *found]).astype(np.int16).reshape(-1)
+    held_out = [dataclasses.replace(d, features_TC=at_start.copy().scan(d.ids)) for d in corpus.held_out]
+    return dataclasses.replace(
+        corpus, stores=(dataclasses.replace(store, features=features),), held_out=tuple(held_out)
+    )
 
 
 def level_mix(levels: Sequence[int], num: int, decay: float) -> dict[int, int]:

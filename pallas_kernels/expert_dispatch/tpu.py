@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.expert_dispatch.tpu_rows import block_size, gather, gather_dot, gather_sum
 from pallas_kernels.expert_dispatch.tpu_select import select
+from pallas_kernels.platforms import NARROW
 
 __all__ = ["gather", "gather_dot", "gather_sum", "select", "why_not"]
 
@@ -16,6 +18,8 @@ MOST_EXPERTS, MOST_CHOICES = 512, 16
 
 def why_not(function: str, *arrays: Any, **static: Any) -> str | None:
     """Why ``function`` can not take these arrays, in a sentence; None: it can."""
+    if jax.enable_x64.value:
+        return NARROW
     if function == "select":
         experts, choices = arrays[0].shape[1], static["spec"].top_k
         if experts > MOST_EXPERTS or choices > MOST_CHOICES:

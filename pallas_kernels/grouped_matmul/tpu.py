@@ -13,6 +13,7 @@ from pallas_kernels.grouped_matmul.tiles import Tiles, chip, tiles_for
 from pallas_kernels.grouped_matmul.tpu_outer import room, sum_outer
 from pallas_kernels.grouped_matmul.tpu_rows import Call, multiply, tiles_of
 from pallas_kernels.grouped_matmul.xla import SPARE_ROWS
+from pallas_kernels.platforms import NARROW
 
 MOST_TOKENS = 65536  # whose numbers stand in scalar memory
 LANE_BYTES = 512  # rows that are copied one by one are whole lanes of 32-bit words
@@ -100,6 +101,8 @@ def swiglu_backward(x_TD: Array, token_R: Array | None, w_gate: Array, w_up: Arr
 
 def why_not(function: str, *arrays: Any, **static: Any) -> str | None:
     """Why ``function`` can not take these arrays, in a sentence; None: it can."""
+    if jax.enable_x64.value:
+        return NARROW
     calls: list[tuple[Call | None, Any, Any, Any]]
     if function.startswith("swiglu"):
         x, _, w_gate, w_up, w_down, *_ = arrays

@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.platforms import NARROW
+
 LANES, SUBLANES = 128, 8
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # finite: the difference of two is a number
@@ -31,6 +33,8 @@ def why_not(
     q: Array, k: Array, v: Array | None, pages: Array, positions: Array, first: Array, *, value_width: int
 ) -> str | None:
     """Why the kernel can not take these arrays, in a sentence; None: it can."""
+    if jax.enable_x64.value:
+        return NARROW
     dtypes = [x.dtype for x in (q, k, v) if x is not None]
     if len(set(dtypes)) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
         said = ", ".join(map(str, dtypes))

@@ -114,7 +114,8 @@ def sizes(q_BTNH: Any, k_BTKH: Any, v_BTKU: Any, documents: Any) -> tuple[int, i
     for name, x in given.items():
         if not hasattr(x, "dtype"):
             raise ValueError(f"{name} is a {type(x).__name__}; it must be an array")
-        if name != "documents" and not jnp.issubdtype(x.dtype, jnp.floating):
+        kind = jax.dtypes.canonicalize_dtype(x.dtype)
+        if name != "documents" and (not jnp.issubdtype(kind, jnp.floating) or kind == jnp.float64):
             raise ValueError(f"{name} is {x.dtype}; it must be floating point, as bfloat16 or float32")
     shapes = [x.shape for x in given.values()]
     if [len(shape) for shape in shapes] != [4, 4, 4, 2][: len(shapes)]:

@@ -171,7 +171,7 @@ def gather_rows(chosen_BTKX: Int[Array, "B T K X"], num_segments: int, block: in
         ends_J = jnp.cumsum(blocks_J)
         first_row_J = jnp.append((ends_J - blocks_J) * block, num_rows)
         row_A = first_row_J[sorted_A] + jnp.arange(T * X) - starts_J[sorted_A]
-        row_A = jnp.where(sorted_A < num_segments, row_A, num_rows)
+        row_A = jnp.where(sorted_A < num_segments, row_A, num_rows).astype(jnp.int32)
         position_R = jnp.full(num_rows, -1).at[row_A].set(order_A // X, mode="drop", unique_indices=False)
         segment_I = jnp.searchsorted(ends_J, jnp.arange(num_blocks), side="right")
         row_TX = jnp.zeros(T * X, jnp.int32).at[order_A].set(row_A, unique_indices=True).reshape(T, X)

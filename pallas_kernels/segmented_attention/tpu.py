@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from pallas_kernels.platforms import NARROW
 from pallas_kernels.segmented_attention.tpu_backward import backward
 from pallas_kernels.segmented_attention.tpu_forward import forward
 from pallas_kernels.segmented_attention.tpu_rows import backward_rows, forward_rows
@@ -18,6 +20,8 @@ LONGEST_TAIL = 4096  # which a block of gathered rows holds on the chip
 
 def why_not(function: str, *arrays: Any, **static: Any) -> str | None:
     """Why ``function`` can not take these arrays, in a sentence; None: it can."""
+    if jax.enable_x64.value:
+        return NARROW
     q, k, v = arrays[:3] if function in ("forward", "backward") else (arrays[0], *arrays[3:5])
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; the kernel takes all bfloat16 or all float32"

@@ -371,7 +371,9 @@ def _attend(visits: Visits, tiles: Tiles, scale: float, q_QRH: Array, k_JSH: Arr
         return out_RU * kept_R[:, None] + more_RU, new_top_R, sum_R * kept_R + p_RS.sum(axis=-1)
 
     rows = q.shape[:2]
-    state = (jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, MASKED), jnp.zeros(rows))
+    state = tuple(
+        jnp.full(shape, x, jnp.float32) for shape, x in (((*rows, v.shape[-1]), 0), (rows, MASKED), (rows, 0))
+    )
     out, top, total = visits.update(visit, state, (False, False, False))
     total = jnp.maximum(total, 1)  # as it is, unless nothing was visited
     return out / total[..., None], (top + jnp.log2(total)) / LOG2_E
@@ -411,7 +413,8 @@ def _gradients(
             dq_HR += _dot(k_SH, ds_SR, (0, 0))
         return dq_HR, dk_SH, dv_SU
 
-    state = (jnp.zeros((q.shape[0], q.shape[2], q.shape[1])), jnp.zeros(k.shape), jnp.zeros(v.shape))
+    shapes = ((q.shape[0], q.shape[2], q.shape[1]), k.shape, v.shape)
+    state = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     dq, dk, dv = visits.update(visit, state, (False, True, True))
     return dq.swapaxes(1, 2) * scale, dk * (factor / LOG2_E), dv
 

@@ -209,9 +209,9 @@ def _read_config(folder: pathlib.Path) -> None:
 
 def _make_metrics(folder: pathlib.Path) -> None:
     records: list[dict[str, Any]] = [
-        {"step": step, "loss": 2.5, "lr": 0.01, "grad_norm": None, "tokens_seen": 128 * step} for step in range(1, 6)
+        {"step": step, "loss": 2.5, "lr": None, "tokens_seen": 128 * step, "seconds": 0.5} for step in range(1, 6)
     ]
-    records.append({"step": 5, "tokens_seen": 640, "held_out_bits_per_byte": 3.5})
+    records.append({"step": 5, "held_out_bits_per_byte": 3.5, "tokens_seen": 640, "seconds": 0.75})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

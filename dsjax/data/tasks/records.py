@@ -125,7 +125,7 @@ def read(path: str | pathlib.Path) -> list[Task]:
         if line.strip():
             try:
                 fields = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
             if not isinstance(fields, dict):
                 raise UserError(f"{path}:{number}: a JSON object was expected, found {type(fields).__name__}")

@@ -44,13 +44,14 @@ class PythonGrammar:
         self.masks = Masks(texts, Reader())
         self.ids = {text: i for i, text in enumerate(texts) if text}
         self.longest = max(map(len, texts))
+        self.dropped = b" " if not tokenizer.decode([self.ids[b" "]]) else b""  # by the decoder, in front of a text
         starts = [i for i, text in enumerate(texts) if text[:1] and text[0] in _DIGITS]
         self.digits = packed(starts, len(texts))
 
     def warm_up(self, texts: Iterable[str]) -> None:
         """Finds out the masks along some programs before they are asked for: about 0.1 ms a token, remembered."""
         for text in texts:
-            place = self.masks.reader.start
+            place = self.masks.reader.front if self.dropped else self.masks.reader.start
             for token in self.tokenizer.encode(text).tolist():
                 self.masks.row(place)
                 following = self.masks.after(place, token)
@@ -63,7 +64,8 @@ class PythonGrammar:
         """What may come behind a prompt.
 
         Args:
-            prompt: token ids; special ones stand for no text.
+            prompt: token ids; special ones stand for no text. Without any the program begins behind another text:
+                there the decoder drops no blank.
             end_ids: tokens that end a text; they may come where it is a whole program.
 
         Raises:
@@ -76,7 +78,7 @@ class Constraint:
     """What a text may go on with.
 
     Attributes:
-        text: bytes so far.
+        text: bytes so far, with the blank that the decoder drops.
         place: where they lead.
         no_end: Python has refused the text as it is, though the grammar would let it end.
     """
@@ -88,10 +90,15 @@ class Constraint:
         self.text = bytearray().join(self.masks.texts[i] for i in prompt if i < len(self.masks.texts))
         self.no_end = False
         self._closing: bytes | None = None
-        place = reader.read(reader.start, bytes(self.text))
+        self._dropped = grammar.dropped if len(prompt) else b""
+        place = reader.read(reader.front if self._dropped else reader.start, bytes(self.text))
         if place is None:
-            raise UserError(not_a_beginning(bytes(self.text), reader.stop(reader.start, bytes(self.text))))
+            raise UserError(not_a_beginning(self._program, reader.stop(reader.start, self._program)))
         self.place = place
+
+    @property
+    def _program(self) -> bytes:
+        return bytes(self.text).removeprefix(self._dropped)
 
     def row(self, left: int) -> np.ndarray:
         """The tokens that may come next, a bit each, the first one the lowest: (ceil(V / 8),) uint8.
@@ -138,7 +145,7 @@ class Constraint:
 
     def ends_well(self) -> bool:
         """Whether Python takes the text as it is. If not, it may not end here, whatever the grammar says."""
-        self.no_end = not parses(bytes(self.text))
+        self.no_end = not parses(self._program)
         return not self.no_end
 
 

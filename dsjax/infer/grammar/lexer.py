@@ -162,6 +162,7 @@ def lex(
 
 
 START: Final = lex("bol")
+FRONT: Final = lex("front")  # in front of a text whose first blank does not count
 
 
 def between(inside: Inside) -> Lex:
@@ -244,6 +245,10 @@ def _bol(state: Lex, c: str) -> Step:
     if c == "\\":
         return None
     return ((), lex("comment", base=START)) if c == "#" else _then((LINE,), _code(OUTSIDE, c))
+
+
+def _front(state: Lex, c: str) -> Step:
+    return ((), START) if c == " " else START.step(ord(c))
 
 
 def _comment(state: Lex, c: str) -> Step:
@@ -473,5 +478,5 @@ _MODES = {
     "bol": _bol, "mid": _mid, "continued": _mid, "comment": _comment, "backslash": _backslash, "name": _name,
     "number": _number, "operator": _operator_goes_on, "converted": _converted, "open": _open, "open2": _open2,
     "str": _str, "brace": _brace, "spec": _spec, "first": _first, "raw": _raw, "escape": _escape, "digits": _digits,
-    "octal": _octal, "called": _called,
+    "octal": _octal, "called": _called, "front": _front,
 }  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import no_type_check
 
 from dsjax.infer.grammar.endings import completions, pending, spelling
-from dsjax.infer.grammar.lexer import LINE, POP, START, Blank, Inside, Lex, Quote, between
+from dsjax.infer.grammar.lexer import FRONT, LINE, POP, START, Blank, Inside, Lex, Quote, between
 from dsjax.infer.grammar.lr import Automaton, Node, read_rules
 from dsjax.infer.grammar.python_syntax import GRAMMAR, NESTING, SPELLINGS
 
@@ -72,6 +72,11 @@ class Reader:
         if found is None:
             found = self._places[key] = Place(*key)
         return found
+
+    @property
+    def front(self) -> Place:
+        """Where an empty text is whose first blank, if one follows, does not count."""
+        return self.place(FRONT, self.start.nodes, (), (), "")
 
     @property
     def num_places(self) -> int:

@@ -110,12 +110,15 @@ def _built_in(name: str, number: int, form: AnswerForm, files: tuple[str, ...]) 
 
 
 def _check_mark(family: Family, form: AnswerForm) -> None:
-    """Raises ``UserError`` if the mark would be found elsewhere than in front of the answer."""
-    exercise = family.exercise(family.levels[0], 0)
-    if exercise.scorer == "program" or not exercise.solution:
-        return
-    if form.answer(exercise.solution, True) != exercise.answer or not form.follows(exercise.solution, True, work=False):
-        raise UserError(
-            f"answer_mark is {form.mark!r}, which solutions of {family.name} have elsewhere, too"
-            f" ({exercise.solution!r:.100}); choose another one"
-        )
+    """Raises ``UserError`` if the mark would be found elsewhere than in front of the answer: of a family without end,
+    in the first solution of each level."""
+    for level in family.levels:
+        for exercise in (family.exercise(level, number) for number in range(family.size(level) or 1)):
+            if exercise.scorer == "program":
+                return
+            text = exercise.solution
+            if text and (form.answer(text, True) != exercise.answer or not form.follows(text, True, work=False)):
+                raise UserError(
+                    f"answer_mark is {form.mark!r}, which solutions of {family.name} have elsewhere, too"
+                    f" ({text!r:.100}); choose another one"
+                )

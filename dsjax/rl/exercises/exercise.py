@@ -108,7 +108,8 @@ def exercise_of(family: Family, level: int, split: Split, number: int) -> Exerci
     """
     check_level(family, level)
     if family.size(level) is not None:
-        numbers = numbers_of(family, level, split)
+        if not (numbers := numbers_of(family, level, split)):
+            raise _has_none(family, level, split)
         return family.exercise(level, numbers[number % len(numbers)])
     first = SPLITS.index(split) * _STRETCH + number * TRIES
     for candidate in range(first, first + TRIES):
@@ -131,7 +132,9 @@ def draw(family: Family, level: int, split: Split, *, seed: int, num: int) -> li
         first = int.from_bytes(digest[:8], "big") % _PLACES
         return [exercise_of(family, level, split, first + i) for i in range(num)]
     check_level(family, level)
-    numbers, chance = numbers_of(family, level, split), random.Random(f"{family.name}/{level}/{split}/{seed}")
+    if not (numbers := numbers_of(family, level, split)):
+        raise _has_none(family, level, split)
+    chance = random.Random(f"{family.name}/{level}/{split}/{seed}")
     order: list[int] = []
     while len(order) < num:
         order += chance.sample(numbers, min(len(numbers), num - len(order)))
@@ -169,16 +172,9 @@ def check_level(family: Family, level: int) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def numbers_of(family: Family, level: int, split: Split) -> tuple[int, ...]:
-    """The numbers of a family with an end that are on one side.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The numbers of a family with an end that are on one side."""
     everything = range(family.size(level) or 0)
-    found = tuple(number for number in everything if family.split(family.exercise(level, number)) == split)
-    if not found:
-        raise _has_none(family, level, split)
-    return found
+    return tuple(number for number in everything if family.split(family.exercise(level, number)) == split)
 
 
 def _sha256(text: str) -> str:

@@ -6,8 +6,9 @@ r"""Exercises from files of JSON lines: GSM8K's form, MATH's, or plain ones; fam
 
 and programming problems as ``dsjax.rl.programs`` reads them.
 
-NAME is the file's without its ending, and of MATH's, NAME/TYPE in small letters. Answers are judged as mathematics; in
-plain lines ``"scorer": "exact"`` says otherwise. Calculator notes (<<...>>) are left out of work.
+NAME is the file's without its ending, and of MATH's, NAME/TYPE in small letters. Answers are judged as mathematics, but
+for words in the other two forms (``dsjax.rl.answers.words``); in those ``scorer`` says otherwise. Calculator notes
+(<<...>>) are left out of work.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsjax.config import UserError
-from dsjax.rl.answers import boxed
+from dsjax.rl.answers import boxed, words
 from dsjax.rl.exercises.exercise import Exercise, Family, check_level
 from dsjax.rl.exercises.form import AnswerForm
-from dsjax.rl.exercises.programs import Problems
-from dsjax.rl.programs import read_problems
+from dsjax.rl.exercises.programs import Problems, asked
+from dsjax.rl.programs import Problem, read_problems
 
 PREFIX = "file/"
 MARK = "####"  # GSM8K's
-SCORERS = ("math", "exact")
+SCORERS = ("math", "exact", "words")
 PROGRAM_FIELDS = {"entry_point", "test_list"}  # which of them tells of programming problems
 UNKNOWN_LEVEL = "Level ?"  # of two lines of MATH, which are left out
 
@@ -92,7 +93,10 @@ def read_families(path: str | pathlib.Path, form: AnswerForm) -> dict[str, Famil
     found: dict[str, dict[str, Line]] = {}
     for where, fields in _records(path):
         if not found and not PROGRAM_FIELDS.isdisjoint(fields):
-            return {name: Problems(name, tuple(read_problems(path)), form)}
+            problems = dict[str, Problem]()
+            for problem in read_problems(path):
+                problems.setdefault(asked(name, 1, problem, form, {}).question, problem)
+            return {name: Problems(name, tuple(problems.values()), form)}
         line = _line(where, fields, name)
         if line is not None:
             found.setdefault(line.family, {}).setdefault(line.question, line)
@@ -146,13 +150,13 @@ def _line(where: str, fields: dict[str, Any], family: str) -> Line | None:
             family += f"/{_text(where, {'type': kind}, 'type').lower()}"
         scorer = "math"
     elif "question" in fields:
-        question, work, scorer = _text(where, fields, "question"), "", str(fields.get("scorer", "math"))
-        answer = _text(where, fields, "answer")
+        question, work, answer = _text(where, fields, "question"), "", _text(where, fields, "answer")
         if MARK in answer:
             work, _, answer = answer.rpartition(MARK)
             work, answer = re.sub(r"<<[^<>]*>>", "", work).strip(), answer.strip()
             if not answer:
                 raise UserError(f"{where}: there is nothing behind the last {MARK} of answer")
+        scorer = str(fields.get("scorer", "math" if words(answer) is None else "words"))
     else:
         raise UserError(
             f"{where} has neither question and answer (GSM8K's form) nor problem and solution (MATH's); it has"

@@ -51,7 +51,8 @@ class Programs(Family):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problems(Family):
-    """The problems of a file of HumanEval's, MBPP's or the tasks' own form (:mod:`dsjax.rl.programs`); one level."""
+    """The problems of a file of HumanEval's, MBPP's or the tasks' own form (:mod:`dsjax.rl.programs`), each once; one
+    level."""
 
     name: str
     problems: tuple[Problem, ...]
@@ -63,6 +64,10 @@ class Problems(Family):
         check_level(self, level)
         return asked(self.name, level, self.problems[number], self.form, {})
 
+    def split(self, exercise: Exercise) -> Split:
+        """The side of its question in the plain form, whatever the template is."""
+        return split_of(question_of(problem(exercise)))
+
     def size(self, level: int) -> int:
         """How many problems there are."""
         return len(self.problems)
@@ -73,13 +78,18 @@ def names() -> tuple[str, ...]:
     return tuple(f"{PREFIX}{name}" for name in FAMILIES)
 
 
+def question_of(problem: Problem) -> str:
+    """What is asked in the plain form: a function's beginning, or else the text as a docstring."""
+    return problem.prefix or docstring(problem)
+
+
 def asked(family: str, level: int, problem: Problem, form: AnswerForm, more: dict[str, Any]) -> Exercise:
     """A problem as an exercise; ``more`` goes into its data."""
     if form.template == "think":
         question, code = f"{ASKED}{problem.text}", f"{problem.prefix}{problem.solution}".rstrip()
         solution = form.solution("", f"```python\n{code}\n```")
     else:
-        question, solution = problem.prefix or docstring(problem), problem.solution
+        question, solution = question_of(problem), problem.solution
     fields = {field: getattr(problem, field) for field in ("text", "prefix", "suffix", "entry_point")}
     limits = {"timeout": problem.timeout, "memory_mb": problem.memory_mb}
     return Exercise(
