@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from schedule_kernels import BLOCK, SIZE, TRIPS
 
 from dsjax.plan.kernels import MXU_SIZE, matmul_cycles
-from dsjax.plan.prefetch import packed_words, prefetched
+from dsjax.plan.prefetch import packed_words, prefetched, runs
 from dsjax.plan.schedule import DELAY_SLOTS, Count, Kernel, Region, ScheduleError, count, parse, read_kernels
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -254,6 +254,22 @@ def test_kernels_in_a_loop_are_called_in_each_turn() -> None:
     (found,) = prefetched(jax.jit(program).trace(jax.ShapeDtypeStruct((8, 128), jnp.float32)).jaxpr)
     assert found.calls == 5
     assert found.words() == {0: [3, 1, 4], 1: [0, 1, 2]}
+
+
+def test_equal_calls_are_compiled_once_and_run_each() -> None:
+    lists = (jnp.asarray(np.array([3, 1, 4])), jnp.arange(3))
+
+    def program(x: jax.Array, y: jax.Array) -> Any:
+        turned = jax.lax.map(lambda i: _kernel(lists, "turned")(x * i), jnp.arange(5.0))
+        return turned, _kernel(lists, "alike")(x), _kernel(lists, "alike")(2 * x), _kernel(lists, "alike")(y)
+
+    arrays = [jax.ShapeDtypeStruct((rows, 128), jnp.float32) for rows in (8, 16)]
+    called = prefetched(jax.jit(program).trace(*arrays).jaxpr)
+    assert runs(called, ["turned", "alike", "alike", "alike"]) == {"turned": 5, "alike": 1}
+    assert runs(called[:-1], ["alike", "turned"]) == {"turned": 5, "alike": 2}
+    for compiled in (["alike"], ["alike", "alike"], ["unheard of"]):  # which of two runs twice is not known
+        with pytest.raises(ScheduleError, match=f"kernels called {compiled[0]}: {len(compiled)} are compiled"):
+            runs(called, compiled)
 
 
 def test_equal_runs_add_up() -> None:

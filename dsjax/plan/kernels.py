@@ -29,7 +29,7 @@ from dsjax.plan import schedule
 from dsjax.plan.chips import Chip, Topology, parse_topology, valid_topologies
 from dsjax.plan.hlo import Instruction, parse
 from dsjax.plan.measure import devices_of
-from dsjax.plan.prefetch import prefetched
+from dsjax.plan.prefetch import prefetched, runs
 from dsjax.plan.traffic import hbm_bytes
 
 KERNELS = {
@@ -191,13 +191,13 @@ def measure(case: Case, folder: pathlib.Path, say: Callable[[str], None]) -> dic
     done = time.monotonic()
     say("counting")
     scalars: dict[str, dict[int, list[int]]] = {}
-    calls: dict[str, int] = {}
-    for called in prefetched(traced.jaxpr):
-        calls[called.name] = called.calls
+    calls = prefetched(traced.jaxpr)
+    for called in calls:
         if scalars.setdefault(called.name, called.words()) != called.words():
             raise schedule.ScheduleError(f"two kernels are called {called.name} and prefetch different scalars")
     kernels = schedule.read_kernels(folder)
-    counts = [schedule.count(k, case.chip, scalars.get(k.name)).times(calls.get(k.name, 1)) for k in kernels]
+    times = runs(calls, [kernel.name for kernel in kernels])
+    counts = [schedule.count(k, case.chip, scalars.get(k.name)).times(times[k.name]) for k in kernels]
     text = compiled.as_text()
     memory = compiled.memory_analysis()
     return {

@@ -6,12 +6,15 @@ program that depend on constants only are evaluated on the way to each kernel; t
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jax.extend.core import Literal
+
+from dsjax.plan.scalar_unit import ScheduleError
 
 SMALL = 2**22  # elements; larger constants decide nothing
 
@@ -24,11 +27,13 @@ class Prefetched:
         name: of the kernel.
         operands: its first, in order; None where the value is not known.
         calls: how often a loop around it calls it with these.
+        kinds: shapes and types of all operands and results.
     """
 
     name: str
     operands: tuple[np.ndarray | None, ...]
     calls: int = 1
+    kinds: tuple[str, ...] = ()
 
     def words(self) -> dict[int, list[int]]:
         """As they lie in scalar memory, by their number."""
@@ -39,6 +44,31 @@ def prefetched(jaxpr: Any, platform: str = "tpu") -> list[Prefetched]:
     """The kernels of a closed jaxpr (of ``jax.jit(f).trace(...)``), in the order in which they are called."""
     found: list[Prefetched] = []
     _walk(jaxpr.jaxpr, jaxpr.consts, [None] * len(jaxpr.jaxpr.invars), platform, found, 1)
+    return found
+
+
+def runs(called: Sequence[Prefetched], compiled: Sequence[str]) -> dict[str, int]:
+    """How often each compiled kernel of a name runs. Calls of the same shapes are compiled once, others apart.
+
+    Args:
+        called: all calls of the program.
+        compiled: names of kernels, one as often as it was compiled.
+
+    Raises:
+        ScheduleError: it can not be told which of the compiled ones is called how often.
+    """
+    found: dict[str, int] = {}
+    for name, num_compiled in collections.Counter(compiled).items():
+        own = [kernel for kernel in called if kernel.name == name]
+        of_kind = collections.Counter[tuple[str, ...]]()
+        for kernel in own:
+            of_kind[kernel.kinds] += kernel.calls
+        times = set(of_kind.values()) if num_compiled == len(of_kind) else {kernel.calls for kernel in own}
+        if len(times) != 1 or num_compiled not in (len(of_kind), len(own)):
+            raise ScheduleError(
+                f"kernels called {name}: {num_compiled} are compiled, for {len(own)} calls of {len(of_kind)} kinds"
+            )
+        found[name] = times.pop()
     return found
 
 
@@ -70,7 +100,8 @@ def _equation(eqn: Any, given: list[Any], platform: str, found: list[Prefetched]
         first = mapping.num_dynamic_grid_bounds
         scalars = given[first : first + mapping.num_index_operands]
         label = params["name"] or params["jaxpr"].debug_info.func_name
-        found.append(Prefetched(label, tuple(None if x is None else np.asarray(x) for x in scalars), calls))
+        kinds = tuple(var.aval.str_short() for var in (*eqn.invars, *eqn.outvars))
+        found.append(Prefetched(label, tuple(None if x is None else np.asarray(x) for x in scalars), calls, kinds))
         return unknown
     if name == "cond":
         for branch, platforms in zip(params["branches"], params.get("branches_platforms") or (), strict=False):
