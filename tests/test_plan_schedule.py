@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from schedule_kernels import BLOCK, SIZE, TRIPS
 
 from dsjax.plan.kernels import MXU_SIZE, matmul_cycles
-from dsjax.plan.prefetch import packed_words, prefetched, runs
+from dsjax.plan.prefetch import calls_of_each, packed_words, prefetched
 from dsjax.plan.schedule import DELAY_SLOTS, Count, Kernel, Region, ScheduleError, count, parse, read_kernels
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -265,11 +265,11 @@ def test_equal_calls_are_compiled_once_and_run_each() -> None:
 
     arrays = [jax.ShapeDtypeStruct((rows, 128), jnp.float32) for rows in (8, 16)]
     called = prefetched(jax.jit(program).trace(*arrays).jaxpr)
-    assert runs(called, ["turned", "alike", "alike", "alike"]) == {"turned": 5, "alike": 1}
-    assert runs(called[:-1], ["alike", "turned"]) == {"turned": 5, "alike": 2}
+    assert calls_of_each(called, ["turned", "alike", "alike", "alike"]) == {"turned": 5, "alike": 1}
+    assert calls_of_each(called[:-1], ["alike", "turned"]) == {"turned": 5, "alike": 2}
     for compiled in (["alike"], ["alike", "alike"], ["unheard of"]):  # which of two runs twice is not known
         with pytest.raises(ScheduleError, match=f"kernels called {compiled[0]}: {len(compiled)} are compiled"):
-            runs(called, compiled)
+            calls_of_each(called, compiled)
 
 
 def test_equal_runs_add_up() -> None:

@@ -239,8 +239,8 @@ class Engine:
 
     def _raise_given_up(self) -> None:
         """Tells of a request that was given up; the ones that are streamed say so themselves."""
-        for number in sorted(self._given_up.keys() - self._queues.keys()):
-            raise self._given_up.pop(number)
+        if given_up := self._given_up.keys() - self._queues.keys():
+            raise self._given_up.pop(min(given_up))
 
     @property
     def busy(self) -> bool:

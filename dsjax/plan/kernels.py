@@ -29,7 +29,7 @@ from dsjax.plan import schedule
 from dsjax.plan.chips import Chip, Topology, parse_topology, valid_topologies
 from dsjax.plan.hlo import Instruction, parse
 from dsjax.plan.measure import devices_of
-from dsjax.plan.prefetch import prefetched, runs
+from dsjax.plan.prefetch import calls_of_each, prefetched
 from dsjax.plan.traffic import hbm_bytes
 
 KERNELS = {
@@ -196,7 +196,7 @@ def measure(case: Case, folder: pathlib.Path, say: Callable[[str], None]) -> dic
         if scalars.setdefault(called.name, called.words()) != called.words():
             raise schedule.ScheduleError(f"two kernels are called {called.name} and prefetch different scalars")
     kernels = schedule.read_kernels(folder)
-    times = runs(calls, [kernel.name for kernel in kernels])
+    times = calls_of_each(calls, [kernel.name for kernel in kernels])
     counts = [schedule.count(k, case.chip, scalars.get(k.name)).times(times[k.name]) for k in kernels]
     text = compiled.as_text()
     memory = compiled.memory_analysis()

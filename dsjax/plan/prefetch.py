@@ -47,7 +47,7 @@ def prefetched(jaxpr: Any, platform: str = "tpu") -> list[Prefetched]:
     return found
 
 
-def runs(called: Sequence[Prefetched], compiled: Sequence[str]) -> dict[str, int]:
+def calls_of_each(called: Sequence[Prefetched], compiled: Sequence[str]) -> dict[str, int]:
     """How often each compiled kernel of a name runs. Calls of the same shapes are compiled once, others apart.
 
     Args:

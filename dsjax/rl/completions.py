@@ -27,7 +27,7 @@ def docstring(problem: Problem) -> str:
     elif problem.entry_point not in shown:
         shown += f"\nThe function is called {problem.entry_point}."
     quotes = "'''" if '"""' in shown else '"""'
-    shown = shown.replace(quotes, "\\".join(["", *quotes]))  # if it has both
+    shown = shown.replace(quotes, "".join(f"\\{quote}" for quote in quotes))  # if it has both
     prefix = "r" if "\\" in shown else ""
     return f"{prefix}{quotes}\n{shown}\n{quotes}\n"
 
